@@ -1,0 +1,84 @@
+"""Frostline: layer freezing for transfer learning.
+
+Importing this package imports no framework; names that need one load it when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from frostline._version import __version__
+from frostline.clock import Duration, Progress
+from frostline.driver import Certificate, Driver
+from frostline.errors import FrostlineError
+from frostline.groups import GroupCost, LayerGroup, LayerGroups
+from frostline.plan import FreezePlan
+from frostline.policy import Decision, Event, Policy
+from frostline.registry import available_policies, make_policy
+from frostline.select import Selector, select
+
+if TYPE_CHECKING:
+    from frostline.backends.torch.checkpoint import load_checkpoint, save_checkpoint
+    from frostline.backends.torch.freeze import freeze, frozen, torch_driver, unfreeze
+    from frostline.backends.torch.grouping import layer_groups
+    from frostline.backends.torch.measure import measure_costs
+    from frostline.backends.torch.optimizer import parameter_groups
+    from frostline.tasks.run import Run, fit, load
+
+_LAZY = {
+    "Run": "frostline.tasks.run",
+    "fit": "frostline.tasks.run",
+    "freeze": "frostline.backends.torch.freeze",
+    "frozen": "frostline.backends.torch.freeze",
+    "layer_groups": "frostline.backends.torch.grouping",
+    "load": "frostline.tasks.run",
+    "load_checkpoint": "frostline.backends.torch.checkpoint",
+    "measure_costs": "frostline.backends.torch.measure",
+    "parameter_groups": "frostline.backends.torch.optimizer",
+    "save_checkpoint": "frostline.backends.torch.checkpoint",
+    "torch_driver": "frostline.backends.torch.freeze",
+    "unfreeze": "frostline.backends.torch.freeze",
+}
+
+__all__ = [
+    "Certificate",
+    "Decision",
+    "Driver",
+    "Duration",
+    "Event",
+    "FreezePlan",
+    "FrostlineError",
+    "GroupCost",
+    "LayerGroup",
+    "LayerGroups",
+    "Policy",
+    "Progress",
+    "Run",
+    "Selector",
+    "__version__",
+    "available_policies",
+    "fit",
+    "freeze",
+    "frozen",
+    "layer_groups",
+    "load",
+    "load_checkpoint",
+    "make_policy",
+    "measure_costs",
+    "parameter_groups",
+    "save_checkpoint",
+    "select",
+    "torch_driver",
+    "unfreeze",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'frostline' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -142,7 +142,7 @@ class Driver:
     # -- the loop's side ---------------------------------------------------------------------
 
     def start(self) -> FreezePlan:
-        """Ask the policy for its first plan and apply it. Called by the first step if not before."""
+        """Ask the policy for its first plan and apply it; the first step does so if you do not."""
         if self._stage != "new":
             return self.plan
         self._stage = "running"

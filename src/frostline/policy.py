@@ -102,7 +102,5 @@ class Policy(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def decide(
-        self, groups: LayerGroups, state: State, event: Event
-    ) -> tuple[FreezePlan, State]:
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
         """The plan wanted from now on, and the next state. Pure; must not mutate `state`."""

@@ -100,7 +100,7 @@ def make_policy(spec: str | Policy) -> Policy:
     name, _, options = spec.partition(":")
     kind = policy_class(name.strip())
     hints = typing.get_type_hints(kind)
-    fields = {f.name for f in dataclasses.fields(typing.cast(Any, kind)) if f.init}
+    fields = {f.name for f in dataclasses.fields(typing.cast("Any", kind)) if f.init}
     values: dict[str, Any] = {}
     for key, text in _pairs(options, spec):
         if key not in fields:
@@ -134,7 +134,7 @@ def policy_text(policy: Policy) -> str:
     if name is None:
         return repr(policy)
     changed = []
-    for f in dataclasses.fields(typing.cast(Any, policy)):
+    for f in dataclasses.fields(typing.cast("Any", policy)):
         value = getattr(policy, f.name)
         if isinstance(value, Policy):
             return repr(policy)

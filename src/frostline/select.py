@@ -81,14 +81,10 @@ class Selector:
         return tuple(g for g in groups if g.parameter_names & found)
 
     def __or__(self, other: Selector) -> Selector:
-        return Selector(
-            f"({self} | {other})", lambda g: self.parameters(g) | other.parameters(g)
-        )
+        return Selector(f"({self} | {other})", lambda g: self.parameters(g) | other.parameters(g))
 
     def __and__(self, other: Selector) -> Selector:
-        return Selector(
-            f"({self} & {other})", lambda g: self.parameters(g) & other.parameters(g)
-        )
+        return Selector(f"({self} & {other})", lambda g: self.parameters(g) & other.parameters(g))
 
     def __invert__(self) -> Selector:
         return Selector(f"!{self}", lambda g: _all(g) - self.parameters(g))
@@ -97,9 +93,7 @@ class Selector:
         return self.text
 
     @classmethod
-    def where(
-        cls, predicate: Callable[[LayerGroup, TensorInfo], bool], *, text: str
-    ) -> Selector:
+    def where(cls, predicate: Callable[[LayerGroup, TensorInfo], bool], *, text: str) -> Selector:
         """Pick the parameters for which `predicate(group, parameter)` holds.
 
         Args:

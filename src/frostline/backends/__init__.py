@@ -1,0 +1,1 @@
+"""One backend per framework; each is imported only by those who use that framework."""

@@ -1,0 +1,1 @@
+"""Shipped policies, one file per family; each is found by name through the registry."""

@@ -1,0 +1,380 @@
+"""Combinators: policies made of policies. A published recipe is a short function over these.
+
+Every combinator is itself a policy: frozen configuration, JSON state, pure decisions. The state
+of an inner policy is nested in the state of the outer one.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from frostline.clock import Duration
+from frostline.cost import predicted_step_s
+from frostline.errors import PolicyError
+from frostline.groups import LayerGroups
+from frostline.plan import FreezePlan
+from frostline.policy import Event, EventKind, Policy, State
+from frostline.select import Selector, select
+from frostline.signals import Need
+
+__all__ = [
+    "Bootstrap",
+    "CostVeto",
+    "Every",
+    "Guard",
+    "KeepTrainable",
+    "MaxFrozen",
+    "Placebo",
+    "PrefixOnly",
+    "Then",
+    "Union",
+]
+
+Decided = tuple[FreezePlan, State]
+_ONE_EPOCH = Duration.parse("1ep")
+
+
+@dataclass(frozen=True, slots=True)
+class Union(Policy):
+    """Freeze what any of several policies freezes.
+
+    Attributes:
+        policies: at least one.
+    """
+
+    policies: tuple[Policy, ...]
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            raise PolicyError("unite no policies", found="an empty tuple", fix="give at least one")
+
+    def needs(self) -> tuple[Need, ...]:
+        """What any of them needs."""
+        return tuple(need for p in self.policies for need in p.needs())
+
+    def init(self, groups: LayerGroups) -> State:
+        """The states of all."""
+        return {"each": [p.init(groups) for p in self.policies]}
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
+        """The union of all plans."""
+        answers = [
+            p.decide(groups, s, event) for p, s in zip(self.policies, state["each"], strict=True)
+        ]
+        plan = answers[0][0]
+        for other, _ in answers[1:]:
+            plan |= other
+        return plan, {"each": [s for _, s in answers]}
+
+
+@dataclass(frozen=True, slots=True)
+class Then(Policy):
+    """One policy until a boundary, another from there; the later clock starts at the boundary.
+
+    Attributes:
+        first: policy before the boundary.
+        after: length of the first phase.
+        second: policy from the boundary on; sees progress counted from there.
+    """
+
+    first: Policy
+    after: Duration
+    second: Policy
+
+    def needs(self) -> tuple[Need, ...]:
+        """What either needs."""
+        return (*self.first.needs(), *self.second.needs())
+
+    def init(self, groups: LayerGroups) -> State:
+        """The first policy's state; the second's is made at the boundary, but checked now."""
+        self.second.init(groups)
+        return {"since": None, "inner": self.first.init(groups)}
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
+        """The plan of the phase in force."""
+        since = state["since"]
+        if since is None and event.progress.reached(self.after):
+            # The boundary itself, not the step of the first event past it, so that the clock
+            # does not depend on when the policy happens to be asked.
+            since = self.after.steps(event.progress)
+            state = {"since": since, "inner": self.second.init(groups)}
+            event = replace(event, kind=EventKind.START)
+        if since is None:
+            plan, inner = self.first.decide(groups, state["inner"], event)
+        else:
+            rebased = replace(event, progress=event.progress.since(since))
+            plan, inner = self.second.decide(groups, state["inner"], rebased)
+        return plan, {"since": since, "inner": inner}
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrapper(Policy):
+    """A policy that changes the plan of another one and keeps no state of its own."""
+
+    policy: Policy
+
+    def needs(self) -> tuple[Need, ...]:
+        """What the inner policy needs."""
+        return self.policy.needs()
+
+    def init(self, groups: LayerGroups) -> State:
+        """The inner state."""
+        return self.policy.init(groups)
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
+        """The inner plan, changed."""
+        plan, state = self.policy.decide(groups, state, event)
+        return self.change(groups, plan, event), state
+
+    @abc.abstractmethod
+    def change(self, groups: LayerGroups, plan: FreezePlan, event: Event) -> FreezePlan:
+        """The plan to use instead. Pure."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepTrainable(_Wrapper):
+    """Whatever the inner policy freezes, what a selector picks goes on training.
+
+    Attributes:
+        policy: the inner policy.
+        keep: selector of the parameters that always train.
+    """
+
+    keep: str | Selector = "head"
+
+    def change(self, groups: LayerGroups, plan: FreezePlan, event: Event) -> FreezePlan:
+        """The plan with those parameters exempt."""
+        kept = select(self.keep).parameters(groups)
+        whole = {g.name for g in groups if g.parameter_names <= kept}
+        exempt = {
+            name: plan.exempt.get(name, frozenset()) | (groups[name].parameter_names & kept)
+            for name in plan.frozen - whole
+        }
+        return replace(plan, frozen=plan.frozen - whole, exempt=exempt)
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap(_Wrapper):
+    """Nothing is frozen during a first stretch; the inner policy runs meanwhile, unheeded.
+
+    Attributes:
+        policy: the inner policy.
+        duration: length of the stretch.
+    """
+
+    duration: Duration = _ONE_EPOCH
+
+    def change(self, groups: LayerGroups, plan: FreezePlan, event: Event) -> FreezePlan:
+        """The empty plan until the stretch is over."""
+        if event.progress.reached(self.duration):
+            return plan
+        return FreezePlan(reason=f"nothing frozen before {self.duration}")
+
+
+@dataclass(frozen=True, slots=True)
+class MaxFrozen(_Wrapper):
+    """At most a share of the groups is frozen; beyond it, the deepest frozen ones train.
+
+    Attributes:
+        policy: the inner policy.
+        fraction: largest share of groups frozen, in [0, 1]; rounded down to whole groups.
+    """
+
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction <= 1:
+            raise PolicyError(
+                f"freeze at most a fraction of {self.fraction}",
+                found="a number outside [0, 1]",
+                fix="for example 0.75",
+            )
+
+    def change(self, groups: LayerGroups, plan: FreezePlan, event: Event) -> FreezePlan:
+        """The plan without its deepest groups beyond the limit."""
+        ordered = [g.name for g in groups if g.name in plan.frozen]
+        return plan.without(ordered[int(len(groups) * self.fraction + 1e-9) :])
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixOnly(_Wrapper):
+    """Only the unbroken run of frozen groups from the input stays frozen: what can be skipped."""
+
+    def change(self, groups: LayerGroups, plan: FreezePlan, event: Event) -> FreezePlan:
+        """The frozen prefix of the plan."""
+        return plan.without(groups.names[plan.frontier(groups) :])
+
+
+@dataclass(frozen=True, slots=True)
+class Every(Policy):
+    """Ask the inner policy only once per interval; in between its last plan holds.
+
+    Attributes:
+        policy: the inner policy.
+        interval: time between two questions. Evaluations are passed on whenever they come.
+    """
+
+    policy: Policy
+    interval: Duration
+
+    def needs(self) -> tuple[Need, ...]:
+        """What the inner policy needs."""
+        return self.policy.needs()
+
+    def init(self, groups: LayerGroups) -> State:
+        """The inner state, and no plan yet."""
+        return {"asked": None, "plan": None, "inner": self.policy.init(groups)}
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
+        """The inner plan when due, else the last one."""
+        turn = event.progress.step // max(1, self.interval.steps(event.progress))
+        if state["asked"] == turn and event.kind is not EventKind.EVALUATED:
+            return FreezePlan.from_json(state["plan"]), state
+        plan, inner = self.policy.decide(groups, state["inner"], event)
+        return plan, {"asked": turn, "plan": plan.to_json(), "inner": inner}
+
+
+@dataclass(frozen=True, slots=True)
+class CostVeto(Policy):
+    """Refuse freezing that saves less over the rest of the run than it costs to switch.
+
+    Attributes:
+        policy: the inner policy.
+        switch_cost_s: seconds a change of plan costs (digests, refilling caches), >= 0.
+
+    Needs measured group costs and a known number of steps.
+    """
+
+    policy: Policy
+    switch_cost_s: float = 0.0
+
+    def needs(self) -> tuple[Need, ...]:
+        """What the inner policy needs."""
+        return self.policy.needs()
+
+    def init(self, groups: LayerGroups) -> State:
+        """The inner state; raises if costs were never measured."""
+        if not groups.measured:
+            raise PolicyError(
+                "veto freezing by its cost",
+                found="layer groups without measured costs",
+                fix="measure first: measure_costs(model, groups)",
+            )
+        return {"plan": None, "inner": self.policy.init(groups)}
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
+        """The inner plan, unless it freezes more and does not pay; then the plan in force."""
+        wanted, inner = self.policy.decide(groups, state["inner"], event)
+        now = FreezePlan.from_json(state["plan"]) if state["plan"] else FreezePlan()
+        plan = wanted if self._pays(groups, now, wanted, event) else now
+        return plan, {"plan": plan.to_json(), "inner": inner}
+
+    def _pays(self, groups: LayerGroups, now: FreezePlan, wanted: FreezePlan, event: Event) -> bool:
+        if wanted.frozen_parameters(groups) <= now.frozen_parameters(groups):
+            return True  # unfreezing is a matter of quality, not of cost
+        remaining = event.progress.remaining_steps
+        if remaining is None:
+            raise PolicyError(
+                "weigh a freeze against its cost",
+                found="a run of unknown length",
+                fix="pass total_steps= to the driver",
+            )
+        saved = predicted_step_s(groups, now) - predicted_step_s(groups, wanted)
+        return saved * remaining > self.switch_cost_s
+
+
+@dataclass(frozen=True, slots=True)
+class Guard(Policy):
+    """Unfreeze everything while a validation metric is worse than its best by too much.
+
+    Attributes:
+        policy: the inner policy.
+        metric: name of the metric to watch.
+        mode: "min" if smaller is better, "max" if larger is.
+        tolerance: how much worse than the best is still accepted, in units of the metric, >= 0.
+        patience: evaluations in a row beyond the tolerance before it trips, >= 1.
+
+    It lets go again as soon as the metric is back within the tolerance.
+    """
+
+    policy: Policy
+    metric: str = "loss"
+    mode: Literal["min", "max"] = "min"
+    tolerance: float = 0.0
+    patience: int = 1
+
+    def needs(self) -> tuple[Need, ...]:
+        """What the inner policy needs."""
+        return self.policy.needs()
+
+    def init(self, groups: LayerGroups) -> State:
+        """No best value yet."""
+        return {"best": None, "bad": 0, "inner": self.policy.init(groups)}
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
+        """The inner plan, or the empty one while tripped."""
+        plan, inner = self.policy.decide(groups, state["inner"], event)
+        best, bad = state["best"], state["bad"]
+        if event.kind is EventKind.EVALUATED:
+            best, bad = self._judge(best, bad, self._value(event.metrics))
+        if bad >= self.patience:
+            plan = FreezePlan(reason=f"guard: {self.metric} worse than its best {best:.4g}")
+        return plan, {"best": best, "bad": bad, "inner": inner}
+
+    def _value(self, metrics: Mapping[str, float]) -> float:
+        if self.metric not in metrics:
+            raise PolicyError(
+                f"guard the metric {self.metric!r}",
+                found=f"an evaluation with {', '.join(sorted(metrics)) or 'no metrics'}",
+                fix="name one of those",
+            )
+        return metrics[self.metric]
+
+    def _judge(self, best: float | None, bad: int, value: float) -> tuple[float | None, int]:
+        sign = 1.0 if self.mode == "min" else -1.0
+        if math.isnan(value):  # NaN is never an improvement and never a best
+            return best, bad + 1
+        if best is None or sign * value <= sign * best:
+            return value, 0
+        return best, bad + 1 if sign * (value - best) > self.tolerance else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placebo(Policy):
+    """A control: the same rule fed the same signal values, shuffled between groups.
+
+    If a policy does no better than its placebo, its signals carried no information.
+
+    Attributes:
+        policy: the inner policy.
+        seed: of the shuffles; each sample of each signal has its own permutation.
+    """
+
+    policy: Policy
+    seed: int = 0
+
+    def needs(self) -> tuple[Need, ...]:
+        """What the inner policy needs."""
+        return self.policy.needs()
+
+    def init(self, groups: LayerGroups) -> State:
+        """The inner state."""
+        return self.policy.init(groups)
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
+        """The inner decision on shuffled signals."""
+        shuffled = {name: self._shuffle(name, v) for name, v in event.signals.items()}
+        return self.policy.decide(groups, state, replace(event, signals=shuffled))
+
+    def _shuffle(self, name: str, values: Mapping[str, float]) -> dict[str, Any]:
+        # Keyed by the values: one sample keeps one permutation, however often it is looked at.
+        key = f"{self.seed}/{name}/{list(values.items())!r}".encode()
+        order = list(values.values())
+        random.Random(hashlib.sha256(key).digest()).shuffle(order)  # noqa: S311 - no secret
+        return dict(zip(values, order, strict=True))
