@@ -1,0 +1,186 @@
+"""Every registered policy, and every combinator, holds the policy contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from frostline import FreezePlan, LayerGroups, Policy, available_policies, make_policy
+from frostline.clock import Duration
+from frostline.compose import (
+    Bootstrap,
+    CostVeto,
+    Every,
+    Guard,
+    KeepTrainable,
+    MaxFrozen,
+    Placebo,
+    PrefixOnly,
+    Then,
+    Union,
+)
+from frostline.policies.scheduled import Gradual
+from frostline.policies.static import Freeze, Full, LinearProbe
+from frostline.policy import Event, State
+from frostline.registry import policy_text
+from frostline.signals import Need
+from frostline.testing import ContractBroken, check_policy, example_groups
+
+# Options that a policy needs before it can be built; every registered name must be listed.
+SPECS = {
+    "full": ["full"],
+    "freeze": ["freeze:select=backbone", "freeze:select=kind:norm | first 2 groups,live_norm=true"],
+    "linear-probe": ["linear-probe", "linear-probe:live_norm=true"],
+    "gradual": ["gradual", "gradual:every=3st,groups_per_step=2", "gradual:until=50%"],
+}
+EVERY = Duration.parse
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeQuiet(Policy):
+    """Test policy: freezes the backbone groups whose gradient is below the median."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("gradient_norm", EVERY("3st")),)
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        values = event.signals.get("gradient_norm", {})
+        middle = sorted(values.values())[len(values) // 2] if values else 0
+        quiet = {g for g, v in values.items() if v < middle} - groups.head
+        return FreezePlan(frozen=frozenset(quiet)), {"seen": state.get("seen", 0) + 1}
+
+
+COMBINED = [
+    Union((Gradual(), Freeze("kind:bias"))),
+    Then(LinearProbe(), EVERY("2ep"), Gradual(EVERY("1ep"))),
+    Then(Full(), EVERY("9st"), FreezeQuiet()),
+    KeepTrainable(LinearProbe(), "kind:norm"),
+    Bootstrap(FreezeQuiet(), EVERY("10%")),
+    MaxFrozen(LinearProbe(), 0.5),
+    PrefixOnly(FreezeQuiet()),
+    Every(FreezeQuiet(), EVERY("1ep")),
+    CostVeto(Gradual(), switch_cost_s=0.1),
+    CostVeto(FreezeQuiet(), switch_cost_s=0.1),
+    Guard(LinearProbe(), metric="loss", tolerance=0.05),
+    Guard(FreezeQuiet(), metric="accuracy", mode="max", patience=2),
+    Placebo(FreezeQuiet(), seed=1),
+    FreezeQuiet(),
+]
+
+
+def test_every_registered_policy_is_checked() -> None:
+    shipped = {n for n, place in available_policies().items() if place.startswith("frostline.")}
+    assert shipped == SPECS.keys()
+
+
+@pytest.mark.parametrize("spec", [s for specs in SPECS.values() for s in specs])
+def test_registered_policy_holds_the_contract(spec: str) -> None:
+    policy = make_policy(spec)
+    for seed in range(3):
+        check_policy(policy, seed=seed)
+    assert make_policy(policy_text(policy)) == policy
+
+
+@pytest.mark.parametrize("policy", COMBINED, ids=repr)
+def test_combinator_holds_the_contract(policy: Policy) -> None:
+    for seed in range(3):
+        check_policy(policy, seed=seed)
+
+
+@dataclass(frozen=True)
+class Breaks(Policy):
+    """Test policy that breaks one rule."""
+
+    how: str
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("no_such_signal", EVERY("1st")),) if self.how == "need" else ()
+
+    def init(self, groups: LayerGroups) -> State:
+        return {"n": random.random()} if self.how == "init" else {"n": 0}
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        step, frozen = event.progress.step, frozenset[str]()
+        if self.how == "mutates":
+            state["n"] += 1
+        if self.how == "random":
+            frozen = frozenset(random.sample(sorted(groups.backbone), 2))
+        if self.how == "remembers":
+            object.__setattr__(self, "how", "remembers")
+            object.__setattr__(self, "last", getattr(self, "last", -1) + 1)
+            frozen = frozenset(groups.names[: getattr(self, "last") % 3])  # noqa: B009
+        if self.how == "unknown":
+            frozen = frozenset({"no such group"})
+        if self.how == "everything":
+            frozen = frozenset(groups.names)
+        state = {"n": (1, 2)} if self.how == "tuple" else dict(state)
+        if self.how == "keys":
+            state = {"n": {step: 1}}  # type: ignore[dict-item]
+        if self.how == "nan":
+            state = {"n": float("nan")}
+        return FreezePlan(frozen=frozen), state
+
+
+@pytest.mark.parametrize(
+    ("how", "rule"),
+    [
+        ("need", "needed signals exist"),
+        ("init", "init is pure"),
+        ("mutates", "does not change the state"),
+        ("random", "same answer twice"),
+        ("remembers", "same answer twice"),
+        ("tuple", "plain JSON"),
+        ("keys", "plain JSON"),
+        ("nan", "plain JSON"),
+    ],
+)
+def test_a_broken_policy_is_caught(how: str, rule: str) -> None:
+    with pytest.raises(ContractBroken, match=rule):
+        check_policy(Breaks(how))
+
+
+@pytest.mark.parametrize("how", ["unknown", "everything"])
+def test_a_plan_that_does_not_fit_is_caught(how: str) -> None:
+    with pytest.raises(Exception, match="cannot"):
+        check_policy(Breaks(how))
+
+
+def test_mutable_configuration_is_caught() -> None:
+    @dataclass
+    class Mutable(Policy):
+        """Not frozen."""
+
+        def decide(
+            self, groups: LayerGroups, state: State, event: Event
+        ) -> tuple[FreezePlan, State]:
+            return FreezePlan(), state
+
+    with pytest.raises(ContractBroken, match="immutable"):
+        check_policy(Mutable())
+
+
+def test_hidden_memory_breaks_resume() -> None:
+    """State kept outside the JSON state is lost on resume; the suite sees that."""
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Hidden(Policy):
+        """Counts events in a list of its own."""
+
+        def decide(
+            self, groups: LayerGroups, state: State, event: Event
+        ) -> tuple[FreezePlan, State]:
+            if event.progress.step not in seen:
+                seen.append(event.progress.step)
+            return FreezePlan(frozen=frozenset(groups.names[: len(seen) % 2])), state
+
+    with pytest.raises(ContractBroken, match="interrupted equals uninterrupted"):
+        check_policy(Hidden())
+
+
+def test_example_groups_are_measured() -> None:
+    assert example_groups().measured
+    assert dataclasses.asdict(example_groups()[0])["name"] == "block0"

@@ -1,0 +1,26 @@
+"""Hypothesis strategies for the core's types."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from frostline.groups import LayerGroups
+from frostline.plan import FreezePlan
+from frostline.testing import example_groups
+
+GROUPS: LayerGroups = example_groups(5)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> FreezePlan:
+    """Plans over `GROUPS`, including ones that freeze everything."""
+    some = st.frozensets(st.sampled_from(GROUPS.names))
+    frozen = draw(some)
+    exempt = {
+        name: draw(st.frozensets(st.sampled_from(sorted(GROUPS[name].parameter_names))))
+        for name in sorted(frozen)
+    }
+    scales = draw(
+        st.dictionaries(st.sampled_from(GROUPS.names), st.floats(0, 4, allow_nan=False), max_size=3)
+    )
+    return FreezePlan(frozen, exempt, scales, draw(some), draw(some), draw(st.text(max_size=5)))
