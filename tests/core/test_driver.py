@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from frostline.clock import Duration
+from frostline.compose import Guard, Union
+from frostline.driver import Driver
+from frostline.errors import BackendError, FrozenTensorChanged, PlanError, StorageError
+from frostline.groups import LayerGroups
+from frostline.plan import FreezePlan
+from frostline.policies.scheduled import Gradual
+from frostline.policies.static import Freeze, Full, LinearProbe
+from frostline.policy import Decision, Event, Policy, State
+from frostline.signals import Need
+from numpy_case import NumpyCase
+
+EVERY_TWO = Duration.parse("2st")
+
+
+@dataclass(frozen=True, slots=True)
+class Quiet(Policy):
+    """Freezes what has the smaller gradients; tests of signals."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("gradient_norm", Duration.parse("3st")),)
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        values = event.signals.get("gradient_norm", {})
+        small = sorted(groups.backbone, key=lambda g: values.get(g, 0))[:1] if values else []
+        return FreezePlan(frozen=frozenset(small)), state
+
+
+POLICIES = [
+    Full(),
+    LinearProbe(),
+    Gradual(EVERY_TWO),
+    Quiet(),
+    Guard(LinearProbe(), metric="loss", tolerance=0.01),
+    Union((Gradual(EVERY_TWO), Freeze("kind:bias & backbone", live_norm=True))),
+]
+
+
+def driver_for(case: NumpyCase, policy: Policy, **options: Any) -> Driver:
+    return Driver(policy, case.backend, total_steps=12, steps_per_epoch=4, **options)
+
+
+def train(case: NumpyCase, driver: Driver, until: int) -> None:
+    while driver.progress.step < until:
+        with driver.step():
+            case.backward()
+            driver.sample()
+            case.update()
+        if driver.progress.step % 4 == 0:
+            value = sum(float(a.sum()) for a in case.net.parameters.values())
+            driver.evaluated({"loss": value})
+
+
+def state_of(case: NumpyCase) -> dict[str, str]:
+    return dict(case.evidence())
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@settings(max_examples=8, deadline=None)
+@given(stops=st.lists(st.integers(1, 11), min_size=1, max_size=3, unique=True))
+def test_interrupted_equals_uninterrupted(policy: Policy, stops: list[int]) -> None:
+    whole = NumpyCase()
+    driver = driver_for(whole, policy)
+    train(whole, driver, 12)
+
+    case, saved = NumpyCase(), None
+    for stop in [*sorted(stops), 12]:
+        again = NumpyCase()
+        copy_into(again, case)
+        resumed = driver_for(again, replace(policy))
+        if saved is not None:
+            resumed.restore(json.loads(json.dumps(saved)))
+        train(again, resumed, stop)
+        case, saved = again, resumed.state()
+
+    assert state_of(case) == state_of(whole)
+    assert [d.to_json() for d in resumed.decisions] == [d.to_json() for d in driver.decisions]
+    assert resumed.finish().to_json() == driver.finish().to_json()
+
+
+def copy_into(target: NumpyCase, source: NumpyCase) -> None:
+    """What a checkpoint would carry: values, optimizer state, randomness, position; no plan."""
+    for mine, theirs in (
+        (target.net.parameters, source.net.parameters),
+        (target.net.buffers, source.net.buffers),
+    ):
+        for name, array in theirs.items():
+            mine[name][...] = array
+    target.optimizer.velocity = {n: v.copy() for n, v in source.optimizer.velocity.items()}
+    target.net.random.bit_generator.state = source.net.random.bit_generator.state
+    target.step = source.step
+
+
+def test_decisions_are_recorded_once_per_change() -> None:
+    case, seen = NumpyCase(), list[Decision]()
+    driver = driver_for(case, Gradual(EVERY_TWO), on_decision=seen.append)
+    train(case, driver, 12)
+    assert [(d.step, len(d.plan.frozen)) for d in seen] == [(0, 3), (2, 2), (4, 1), (6, 0)]
+    assert driver.decisions == seen
+
+
+def test_the_first_decision_is_always_recorded() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Full())
+    train(case, driver, 2)
+    assert [d.step for d in driver.decisions] == [0]
+
+
+@pytest.mark.parametrize("tensor", ["layer0.weight", "layer1.running_mean"])
+def test_a_write_to_a_frozen_tensor_names_tensor_and_step(tensor: str) -> None:
+    case = NumpyCase()
+    driver = driver_for(case, LinearProbe())
+    train(case, driver, 3)
+    driver.begin_step()
+    case.backward()
+    case.tamper(tensor)
+    with pytest.raises(FrozenTensorChanged, match=rf"by step 4[\s\S]*{tensor}"):
+        driver.end_step()
+
+
+def test_a_write_between_steps_is_found_at_the_end() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, LinearProbe())
+    train(case, driver, 3)
+    case.tamper("layer0.bias")
+    with pytest.raises(FrozenTensorChanged, match=r"layer0\.bias"):
+        driver.finish()
+
+
+def test_a_write_before_unfreezing_is_found_at_the_unfreeze() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Gradual(EVERY_TWO))
+    train(case, driver, 2)
+    case.tamper("layer2.weight")
+    with pytest.raises(FrozenTensorChanged, match=r"layer2\.weight"):
+        driver.begin_step()
+
+
+def test_without_proof_nothing_is_digested() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, LinearProbe(), prove=False)
+    train(case, driver, 3)
+    case.tamper("layer0.bias")
+    assert driver.finish().holds == ()
+
+
+def test_the_certificate_lists_every_span() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Gradual(EVERY_TWO))
+    train(case, driver, 5)
+    certificate = driver.finish()
+    spans = {(h.tensor, h.from_step, h.to_step) for h in certificate.holds}
+    assert ("layer2.weight", 0, 2) in spans
+    assert ("layer1.running_mean", 0, 4) in spans
+    assert ("layer0.bias", 0, 5) in spans
+    assert all(len(h.sha256) == 64 for h in certificate.holds)
+    assert certificate.check_s > 0
+    assert driver.finish() == certificate  # finishing twice is finishing once
+
+
+def test_what_outsiders_change_is_restored_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    case = NumpyCase()
+    driver = driver_for(case, LinearProbe())
+    train(case, driver, 1)
+    case.net.trainable["layer0.weight"] = True
+    with caplog.at_level(logging.WARNING, logger="frostline"):
+        train(case, driver, 2)
+    assert "layer0.weight" in caplog.text
+    assert not case.net.trainable["layer0.weight"]
+
+
+def test_an_exception_in_a_step_does_not_count_it() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Full())
+    with pytest.raises(ZeroDivisionError), driver.step():
+        raise ZeroDivisionError
+    assert driver.progress.step == 0
+
+
+def test_signals_are_sampled_when_due_and_only_then() -> None:
+    case, asked = NumpyCase(), []
+    probe = case.backend.probe
+    case.backend = CountingBackend(case, asked)
+    driver = driver_for(case, Quiet())
+    train(case, driver, 7)
+    assert probe is not None
+    assert asked == [2, 5]  # at the end of each interval of three steps
+    assert driver.costs.signals_s > 0
+
+
+class CountingBackend:
+    """Passes everything on and notes when a probe is taken."""
+
+    def __init__(self, case: NumpyCase, asked: list[int]) -> None:
+        self.inner, self.case, self.asked = case.backend, case, asked
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def probe(self) -> Any:
+        self.asked.append(self.case.step - 1)
+        return self.inner.probe()
+
+
+def test_a_policy_without_needs_pays_for_no_probe() -> None:
+    case, asked = NumpyCase(), []
+    case.backend = CountingBackend(case, asked)
+    train(case, driver_for(case, LinearProbe()), 6)
+    assert asked == []
+
+
+def test_a_plan_that_freezes_everything_stops_the_run() -> None:
+    case = NumpyCase()
+    with pytest.raises(PlanError, match="freezes everything"):
+        driver_for(case, Freeze("all")).start()
+
+
+def test_resuming_under_another_policy_is_refused() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, LinearProbe())
+    train(case, driver, 2)
+    with pytest.raises(StorageError, match="written under"):
+        driver_for(NumpyCase(), Full()).restore(driver.state())
+
+
+def test_resuming_with_other_weights_is_refused() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, LinearProbe())
+    train(case, driver, 2)
+    other = NumpyCase()
+    other.tamper("layer0.weight")
+    with pytest.raises(FrozenTensorChanged, match=r"layer0\.weight"):
+        driver_for(other, LinearProbe()).restore(driver.state())
+
+
+def test_state_of_another_format_is_refused() -> None:
+    case = NumpyCase()
+    with pytest.raises(StorageError, match="format"):
+        driver_for(case, Full()).restore({"format": 99})
+
+
+def test_a_backend_that_loses_digests_is_caught() -> None:
+    class Forgetful:
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.calls = inner, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def fingerprint(self, names: Any) -> dict[str, str]:
+            self.calls += 1
+            return self.inner.fingerprint(names) if self.calls == 1 else {}
+
+    case = NumpyCase()
+    driver = Driver(LinearProbe(), Forgetful(case.backend))
+    driver.start()
+    with pytest.raises(BackendError, match="no digest"):
+        driver.finish()
