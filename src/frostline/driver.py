@@ -16,7 +16,7 @@ from typing import Any
 
 from frostline.backend import Backend
 from frostline.clock import Duration, Progress
-from frostline.errors import BackendError, FrozenTensorChanged, StorageError
+from frostline.errors import BackendError, FrozenTensorChanged, PolicyError, StorageError
 from frostline.plan import FreezePlan
 from frostline.policy import Decision, Event, EventKind, Policy, State
 from frostline.signals import compute_signal
@@ -131,6 +131,7 @@ class Driver:
     _held: dict[str, tuple[str, int]] = field(init=False, default_factory=dict)  # name: sha, since
     _holds: list[Hold] = field(init=False, default_factory=list)
     _stage: str = field(init=False, default="new")
+    _sampled: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.progress = Progress(0, self.total_steps, self.steps_per_epoch)
@@ -177,22 +178,29 @@ class Driver:
     def sample(self) -> None:
         """Between backward and `optimizer.step()`: sample the signals that are due.
 
-        Only needed when the policy needs signals and the optimizer clears gradients inside the
-        surrounded block; `end_step` samples otherwise.
+        Needed only for policies that read signals; sampling twice in a step is harmless.
         """
-        due = [
-            name
-            for name, every in self._needs.items()
-            if (self.progress.step + 1) % max(1, every.steps(self.progress)) == 0
-        ]
-        if due:
+        if due := self._due():
             with self.costs.charge("signals_s"):
                 probe = self.backend.probe()
                 for name in due:
                     self._signals[name] = compute_signal(name, probe, self.backend.groups)
+        self._sampled = True
 
     def end_step(self) -> None:
-        """After `optimizer.step()`: count the update and look for writes to frozen tensors."""
+        """After `optimizer.step()`: count the update and look for writes to frozen tensors.
+
+        Raises:
+            FrozenTensorChanged: something wrote to a frozen tensor in this step.
+            PolicyError: the policy's signals were due and never sampled.
+        """
+        if not self._sampled and (due := self._due()):
+            raise PolicyError(
+                f"decide on {', '.join(due)}",
+                found=f"no sample taken in step {self.progress.step}",
+                fix="call driver.sample() between backward() and optimizer.step()",
+            )
+        self._sampled = False
         self.progress = Progress(self.progress.step + 1, self.total_steps, self.steps_per_epoch)
         if self.prove and (suspects := self.backend.written()):
             self._verify([name for name in suspects if name in self._held])
@@ -274,6 +282,15 @@ class Driver:
             self._verify(list(self._held))
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _due(self) -> list[str]:
+        """Signals whose interval ends with the present step."""
+        step = self.progress.step + 1
+        return [
+            name
+            for name, every in self._needs.items()
+            if step % max(1, every.steps(self.progress)) == 0
+        ]
 
     def _ask(self, kind: EventKind, metrics: Mapping[str, float], *, first: bool = False) -> None:
         with self.costs.charge("policy_s"):

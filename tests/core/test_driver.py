@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from frostline.clock import Duration
 from frostline.compose import Guard, Union
 from frostline.driver import Driver
-from frostline.errors import BackendError, FrozenTensorChanged, PlanError, StorageError
+from frostline.errors import BackendError, FrozenTensorChanged, PlanError, PolicyError, StorageError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policies.scheduled import Gradual
@@ -211,6 +211,18 @@ class CountingBackend:
     def probe(self) -> Any:
         self.asked.append(self.case.step - 1)
         return self.inner.probe()
+
+
+def test_signals_that_nobody_sampled_stop_the_run() -> None:
+    """A policy must not decide on stale or absent values without a word."""
+    case = NumpyCase()
+    driver = driver_for(case, Quiet())
+    train(case, driver, 2)
+    driver.begin_step()
+    case.backward()
+    case.update()
+    with pytest.raises(PolicyError, match=r"driver\.sample"):
+        driver.end_step()
 
 
 def test_a_policy_without_needs_pays_for_no_probe() -> None:
