@@ -70,6 +70,14 @@ class BlindFingerprint(NumpyBackend):
         }
 
 
+class BlindToHeld(NumpyBackend):
+    """Reports no change of what it is told to hold."""
+
+    def fingerprint(self, names: Iterable[str]) -> Mapping[str, str]:
+        held = self._plan.held_tensors(self.groups)
+        return {n: "0" if n in held else d for n, d in super().fingerprint(names).items()}
+
+
 class ClumsyProbe(NumpyBackend):
     def probe(self) -> Any:
         self.net.random.random()
@@ -114,6 +122,7 @@ class ShallowFreeze(NumpyBackend):
         (FreezesNothing, "frozen|gradient"),
         (AcceptsAnything, "does not fit is refused"),
         (BlindFingerprint, "sees every single change"),
+        (BlindToHeld, "a write to a frozen tensor fails the run"),
         (ClumsyProbe, "a probe moves nothing"),
         (MutProbe, "report their gradient"),
         (AlwaysComplains, "nothing is amiss"),

@@ -121,7 +121,8 @@ class Breaks(Policy):
             state = {"n": {step: 1}}  # type: ignore[dict-item]
         if self.how == "nan":
             state = {"n": float("nan")}
-        return FreezePlan(frozen=frozen), state
+        plan = FreezePlan(frozen=frozen)
+        return (plan if self.how != "json plan" else plan.to_json()), state  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,7 @@ class Breaks(Policy):
         ("tuple", "plain JSON"),
         ("keys", "plain JSON"),
         ("nan", "plain JSON"),
+        ("json plan", "answers with a plan"),
     ],
 )
 def test_a_broken_policy_is_caught(how: str, rule: str) -> None:
