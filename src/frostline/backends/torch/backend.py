@@ -1,0 +1,379 @@
+"""The PyTorch backend: makes a model and its optimizer equal to a plan.
+
+Frozen means four things at once, none of which is enough alone: `requires_grad` is off (the
+backward pass stops), `grad is None` (neither momentum nor weight decay moves the weight), modules
+with statistics or dropout are in evaluation mode whoever calls `train()`, and the bits are
+watched (a version counter at every step, SHA-256 at freeze and unfreeze).
+
+The plan decides alone. Parameters that had been frozen by hand before train as the plan says (a
+log line counts them); those that must never train are named in `fixed`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from operator import attrgetter
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from frostline.backends.torch.digest import TensorTable, WriteWatch, sha256_of_tensors
+from frostline.backends.torch.modes import HeldModes
+from frostline.backends.torch.optimizer import (
+    StepGuard,
+    can_train,
+    check_membership,
+    group_scales,
+    release_state,
+    restart_state,
+)
+from frostline.errors import BackendError
+from frostline.groups import LayerGroup, LayerGroups
+from frostline.plan import FreezePlan
+
+__all__ = ["OptimizerState", "TorchBackend", "applied_plan", "as_found", "record_plan", "unwrapped"]
+
+_log = logging.getLogger("frostline")
+_requires_grad = attrgetter("requires_grad")
+
+#: What becomes of the optimizer's memory of a parameter that is frozen: kept, so that it goes on
+#: where it stopped, or released, so that the bytes are free and it starts afresh.
+OptimizerState = Literal["keep", "release"]
+
+
+class TorchBackend:
+    """Satisfies `frostline.backend.Backend` for one `nn.Module`.
+
+    Args:
+        model: the model; may be wrapped by `torch.compile` or data-parallel wrappers.
+        optimizer: the optimizer that updates it; it must hold every parameter from the start.
+            Without one, plans that scale learning rates are refused.
+        groups: the layer groups; found by running the model once if not given.
+        optimizer_state: "keep" or "release" what the optimizer remembers of frozen parameters.
+        fixed: names of parameters that never train, whatever the plan; see `as_found`.
+
+    Raises:
+        BackendError: groups and model do not fit, or the optimizer lacks parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        groups: LayerGroups | None = None,
+        optimizer_state: OptimizerState = "keep",
+        fixed: Collection[str] = (),
+    ) -> None:
+        self._root = unwrapped(model)
+        self._groups = groups if groups is not None else _found_groups(self._root)
+        self._optimizer = optimizer
+        self._optimizer_state: OptimizerState = optimizer_state
+        self._parameters = _resolve(self._root, self._groups)
+        self._fixed = _known(fixed, self._groups)
+        self._modes = HeldModes(self._root, self._groups)
+        self._frozen: dict[str, Tensor] = {}
+        self._trained: dict[str, Tensor] = {}
+        self._watch = WriteWatch(TensorTable(self._root), ())
+        self._guard: StepGuard | None = None
+        if optimizer is not None:
+            able = {n: p for n, p in self._parameters.items() if self._able(n, p)}
+            check_membership(optimizer, able)
+            self._guard = StepGuard.of(optimizer, self._root)
+            self._guard.parameters = list(self._parameters.items())
+        self._report_found()
+
+    @property
+    def groups(self) -> LayerGroups:
+        """The layer groups of the model."""
+        return self._groups
+
+    def apply(self, plan: FreezePlan) -> None:
+        """Make the model and the optimizer equal to `plan`.
+
+        Raises:
+            PlanError: the plan does not fit the groups, or nothing would train.
+            BackendError: the model's parameters were replaced since the groups were found, or
+                the optimizer cannot follow the plan's learning rates.
+        """
+        plan.check(self._groups)
+        self._check_parameters()
+        names = plan.frozen_parameters(self._groups)
+        frozen = {n: p for n, p in self._parameters.items() if n in names or not self._able(n, p)}
+        trained = {n: p for n, p in self._parameters.items() if n not in frozen}
+        scales = self._scales(plan, trained)
+        for p in frozen.values():
+            p.requires_grad = False
+            p.grad = None
+        for p in trained.values():
+            p.requires_grad = True
+        self._frozen, self._trained = frozen, trained
+        self._modes.apply(plan)
+        self._apply_to_optimizer(scales)
+        self._watch = WriteWatch(TensorTable(self._root), plan.held_tensors(self._groups))
+        record_plan(self._root, (self._groups, plan))
+        _log.debug("%s", self.explain(plan))
+
+    def hold(self) -> tuple[str, ...]:
+        """Restore what outsiders changed of the plan; names of what had moved."""
+        moved = self._guard.take_report() if self._guard else []
+        for name, p in self._frozen.items():
+            if p.requires_grad or p.grad is not None:
+                p.requires_grad = False
+                p.grad = None
+                moved.append(name)
+        if not all(map(_requires_grad, self._trained.values())):
+            for name, p in self._trained.items():
+                if not p.requires_grad:
+                    p.requires_grad = True
+                    moved.append(name)
+        return (*dict.fromkeys(moved), *self._modes.restore())
+
+    def written(self) -> tuple[str, ...]:
+        """Held tensors that may have been written to since the last call."""
+        return tuple(self._watch.look())
+
+    def fingerprint(self, names: Iterable[str]) -> Mapping[str, str]:
+        """SHA-256 (hex) of the bytes of the named parameters and buffers.
+
+        Raises:
+            BackendError: an unknown name, or a tensor whose bytes are not all here.
+        """
+        table = TensorTable(self._root)
+        return sha256_of_tensors({name: table[name] for name in names})
+
+    def probe(self) -> TorchProbe:
+        """A side-effect-free view for signals."""
+        return TorchProbe(self._parameters)
+
+    def explain(self, plan: FreezePlan) -> str:
+        """One sentence on what the plan saves, naming the parameter that limits the saving.
+
+        Example:
+            "bias of stem trains (64 values): backward runs through all 18 groups, 17 of them
+            frozen".
+        """
+        shallowest = next(
+            (g for g in self._groups if any(self._trains(plan, p.name) for p in g.parameters)),
+            None,
+        )
+        if shallowest is None:
+            return "no parameter trains: there is no backward pass"
+        total = len(self._groups)
+        behind = [g for g in self._groups[shallowest.depth :] if g.name in plan.frozen]
+        reach = f"{total - shallowest.depth} of {total}" if shallowest.depth else f"all {total}"
+        if not behind:
+            return (
+                f"backward runs through {reach} groups; the {shallowest.depth} groups before "
+                f"{shallowest.name} record no graph"
+            )
+        names = [p.name for p in shallowest.parameters if self._trains(plan, p.name)]
+        count = sum(p.count for p in shallowest.parameters if p.name in names)
+        return (
+            f"{_few(names)} of {shallowest.name} trains ({count:,} values): backward runs through "
+            f"{reach} groups, {len(behind)} of them frozen"
+        )
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _able(self, name: str, p: Tensor) -> bool:
+        return name not in self._fixed and can_train(p)
+
+    def _trains(self, plan: FreezePlan, name: str) -> bool:
+        group = self._groups.of_parameter(name)
+        spared = name in plan.exempt.get(group.name, ()) or group.name not in plan.frozen
+        return spared and self._able(name, self._parameters[name])
+
+    def _scales(self, plan: FreezePlan, trained: Mapping[str, Tensor]) -> list:
+        if self._optimizer is None:
+            if plan.lr_scale:
+                raise BackendError(
+                    f"scale the learning rate of {_few(sorted(plan.lr_scale))}",
+                    found="this backend was given no optimizer",
+                    fix="TorchBackend(model, optimizer)",
+                )
+            return []
+        group_of = {id(p): self._groups.of_parameter(n).name for n, p in trained.items()}
+        return group_scales(self._optimizer, plan, group_of)
+
+    def _apply_to_optimizer(self, scales: list) -> None:
+        if self._optimizer is None or self._guard is None:
+            return
+        self._guard.set_scales(scales)
+        self._guard.expected = {
+            g.name: [self._trained[p.name] for p in g.parameters if p.name in self._trained]
+            for g in self._groups
+            if g.calls
+        }
+        if self._optimizer_state == "release":
+            release_state(self._optimizer, self._frozen.values())
+            restart_state(self._optimizer, self._trained.values())
+
+    def _check_parameters(self) -> None:
+        now = _resolve(self._root, self._groups)
+        if other := [n for n, p in self._parameters.items() if now[n] is not p]:
+            raise BackendError(
+                "apply a plan",
+                found=f"parameters replaced since the groups were found: {_few(other)}",
+                fix="change the model first, then build the optimizer and the driver",
+            )
+
+    def _report_found(self) -> None:
+        if self._root in _APPLIED:
+            return
+        found = [n for n, p in self._parameters.items() if self._able(n, p) and not p.requires_grad]
+        if found:
+            _log.warning(
+                "%d parameters did not require grad before (%s); from now on the plan decides. "
+                "Name those that must never train in TorchBackend(fixed=...)",
+                len(found),
+                _few(found),
+            )
+
+
+class TorchProbe:
+    """Norms of gradients and weights by group: one transfer from the device per call.
+
+    Args:
+        parameters: tensors by name. Gradients are read as they are; under a gradient scaler,
+            unscale them first.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+
+    def gradient_l1(self, group: LayerGroup) -> float:
+        """Sum of absolute gradients of the group's parameters."""
+        return _norm(self._gradients(group), 1)
+
+    def gradient_l2(self, group: LayerGroup) -> float:
+        """Euclidean norm of the group's gradient."""
+        return _norm(self._gradients(group), 2)
+
+    def weight_l2(self, group: LayerGroup) -> float:
+        """Euclidean norm of the group's floating-point parameters."""
+        tensors = (self._parameters[p.name] for p in group.parameters)
+        return _norm([t for t in tensors if can_train(t)], 2)
+
+    def _gradients(self, group: LayerGroup) -> list[Tensor]:
+        gradients = (self._parameters[p.name].grad for p in group.parameters)
+        return [g for g in gradients if g is not None]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile` and data-parallel wrappers.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(model)) is model
+        True
+    """
+    inner = model
+    while True:
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif (compiled := dict(inner.named_children()).get("_orig_mod")) is not None:
+            inner = compiled  # a compiled module's only child; its prefix in every state_dict
+        else:
+            return inner
+
+
+def as_found(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that do not require grad now: for `TorchBackend(fixed=...)`.
+
+    Use it where a model's author fixed weights on purpose (sinusoidal positions, the base under
+    an adapter), on a model that Frostline has not frozen.
+
+    Example:
+        >>> sorted(as_found(nn.Linear(2, 2).requires_grad_(False)))
+        ['bias', 'weight']
+    """
+    return frozenset(n for n, p in unwrapped(model).named_parameters() if not p.requires_grad)
+
+
+def applied_plan(model: nn.Module) -> tuple[LayerGroups, FreezePlan] | None:
+    """The layer groups and the plan applied last to this model, or None.
+
+    Example:
+        >>> applied_plan(nn.Linear(2, 2)) is None
+        True
+    """
+    return _APPLIED.get(unwrapped(model))
+
+
+def record_plan(model: nn.Module, applied: tuple[LayerGroups, FreezePlan] | None) -> None:
+    """Set what `applied_plan` answers; None forgets."""
+    _APPLIED.pop(unwrapped(model), None)
+    if applied is not None:
+        _APPLIED[unwrapped(model)] = applied
+
+
+#: What was applied last to each living model: pure data, so that no model is kept alive.
+_APPLIED: WeakKeyDictionary[nn.Module, tuple[LayerGroups, FreezePlan]] = WeakKeyDictionary()
+
+
+def _found_groups(root: nn.Module) -> LayerGroups:
+    from frostline.backends.torch.grouping import layer_groups  # noqa: PLC0415
+
+    return layer_groups(root)
+
+
+def _resolve(root: nn.Module, groups: LayerGroups) -> dict[str, Tensor]:
+    table = TensorTable(root)
+    found = {p.name: table[p.name] for g in groups for p in g.parameters}
+    ids = {id(p) for p in found.values()}
+    if missing := [n for n, p in root.named_parameters() if id(p) not in ids]:
+        raise BackendError(
+            "freeze by these layer groups",
+            found=f"{len(missing)} parameters of the model in no group: {_few(missing)}",
+            fix="find the groups on this very model: layer_groups(model)",
+        )
+    if lazy := [n for n, p in found.items() if nn.parameter.is_lazy(p)]:
+        raise BackendError(
+            "freeze this model",
+            found=f"parameters without a shape yet: {_few(lazy)}",
+            fix="run the model once, then build the optimizer and the driver",
+        )
+    return found
+
+
+def _known(fixed: Collection[str], groups: LayerGroups) -> frozenset[str]:
+    try:
+        return frozenset(
+            p.name for n in fixed for p in groups.of_parameter(n).parameters if n in p.names
+        )
+    except KeyError as error:
+        raise BackendError(
+            f"fix the parameter {error.args[0]!r}",
+            found="no parameter of that name",
+            fix="names as in model.named_parameters(), or as_found(model)",
+        ) from error
+
+
+def _norm(tensors: list[Tensor], order: int) -> float:
+    if not tensors:
+        return 0.0
+    with torch.no_grad():
+        parts = [
+            torch.linalg.vector_norm(_dense(t), order, dtype=_accumulated(t)).to(tensors[0].device)
+            for t in tensors
+        ]
+        return float(torch.linalg.vector_norm(torch.stack(parts).real, order))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def _accumulated(tensor: Tensor) -> torch.dtype:
+    # Half precision would overflow in the sum of squares; complex norms are asked for as complex.
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,180 @@
+"""Tensors of a model by name: where they are now, whether they were written to, their SHA-256.
+
+Names are looked up again at every use. A frozen weight that somebody replaces by another tensor
+is therefore found just like one that somebody writes to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from frostline.errors import BackendError
+
+__all__ = ["TensorTable", "WriteWatch", "sha256_of_tensors"]
+
+#: Below this, starting threads costs more than it saves (measured: see benchmarks/overhead.py).
+_THREADED_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """The place of one tensor: a module's live dictionary, and the key in it."""
+
+    table: Mapping[str, Tensor | None]
+    key: str
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self.table.get(self.key)
+
+
+class TensorTable:
+    """Every parameter and buffer of a model under every name it has, always as it is now.
+
+    Args:
+        root: the model.
+
+    Example:
+        >>> table = TensorTable(nn.Linear(2, 1))
+        >>> table["bias"].shape
+        torch.Size([1])
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._slots = {
+            f"{path}.{key}" if path else key: _Slot(table, key)
+            for path, module in root.named_modules(remove_duplicate=False)
+            for table in _live_tables(module)
+            for key, tensor in table.items()
+            if tensor is not None
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of this name.
+
+        Raises:
+            BackendError: the model has none.
+        """
+        slot = self._slots.get(name)
+        tensor = None if slot is None else slot.tensor
+        if tensor is None:
+            raise BackendError(
+                f"find the tensor {name!r}",
+                found="no parameter or buffer of that name in the model",
+                fix="find the layer groups again after changing the model's modules",
+            )
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slots
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def slots(self, names: Iterable[str]) -> list[_Slot]:
+        """The places of these tensors, for repeated fast look-ups.
+
+        Raises:
+            BackendError: the model has no tensor of one of these names.
+        """
+        return [self._slots[name] for name in names if self[name] is not None]
+
+
+class WriteWatch:
+    """Says which of a set of tensors were written to or replaced since it last looked.
+
+    It compares autograd's version counters: a few dozen nanoseconds a tensor. Writes through
+    `.data`, by fused optimizers and by kernels that do not count are missed; digests find those.
+    """
+
+    def __init__(self, table: TensorTable, names: Iterable[str]) -> None:
+        self._names = sorted(names)
+        self._slots = table.slots(self._names)
+        self._seen: list[Tensor | None] = []
+        self._versions: list[int] = []
+        self.look()
+
+    def look(self) -> list[str]:
+        """Names of tensors written to or replaced since the last look.
+
+        With a tensor come all watched tensors of the same module: normalisation kernels count
+        the write to one of their statistics only.
+        """
+        now = [slot.table.get(slot.key) for slot in self._slots]
+        versions = [_version(tensor) for tensor in now]
+        before, self._seen = self._seen, now
+        old, self._versions = self._versions, versions
+        if not before or (
+            versions == old and all(a is b for a, b in zip(now, before, strict=True))
+        ):
+            return []
+        homes = {
+            name.rpartition(".")[0]
+            for i, name in enumerate(self._names)
+            if versions[i] != old[i] or now[i] is not before[i]
+        }
+        return [name for name in self._names if name.rpartition(".")[0] in homes]
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 (hex) of the raw bytes of each tensor, in row-major order.
+
+    Tensors given under several names are read once. Large sets are read by one thread per core.
+
+    Raises:
+        BackendError: a tensor whose bytes are not all here (meta, distributed, sparse, quantized).
+
+    Example:
+        >>> sha256_of_tensors({"zero": torch.zeros(())})["zero"][:8]
+        'df3f6198'
+    """
+    distinct = {id(t): (name, t) for name, t in tensors.items()}
+    work = sorted(distinct.values(), key=lambda item: -item[1].numel() * item[1].element_size())
+    workers = min(len(work), os.cpu_count() or 1)
+    size_bytes = sum(t.numel() * t.element_size() for _, t in work)
+    if workers < 2 or size_bytes < _THREADED_BYTES:
+        digests = [_sha256(name, t) for name, t in work]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            digests = list(pool.map(lambda item: _sha256(*item), work))
+    by_id = {id(t): digest for (_, t), digest in zip(work, digests, strict=True)}
+    return {name: by_id[id(t)] for name, t in tensors.items()}
+
+
+def _sha256(name: str, tensor: Tensor) -> str:
+    if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
+        raise _unreadable(name, f"a tensor on {tensor.device} with layout {tensor.layout}")
+    if hasattr(tensor, "__tensor_flatten__"):  # the protocol of wrapping subclasses, e.g. DTensor
+        raise _unreadable(name, f"a {type(tensor).__name__}, whose bytes are spread or wrapped")
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    data = plain.view(torch.uint8).cpu().numpy()
+    return hashlib.sha256(data.data, usedforsecurity=False).hexdigest()
+
+
+def _unreadable(name: str, found: str) -> BackendError:
+    return BackendError(
+        f"take the digest of {name!r}",
+        found=found,
+        fix="materialise the model before training, or run with prove=False",
+    )
+
+
+def _live_tables(module: nn.Module) -> tuple[Mapping[str, Tensor | None], ...]:
+    # Private, because torch has no public live view: `named_parameters()` walks the whole model,
+    # and buffers are replaced by assignment, so a stored tensor would go stale.
+    return module._parameters, module._buffers  # noqa: SLF001
+
+
+def _version(tensor: Tensor | None) -> int:
+    # Private, because torch has no public form; its documentation of in-place correctness checks
+    # ("a tensor keeps a version counter") names this attribute. Inference tensors have none.
+    if tensor is None or tensor.is_inference():
+        return -1
+    return tensor._version  # noqa: SLF001
