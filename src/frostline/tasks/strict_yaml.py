@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -22,14 +22,17 @@ __all__ = ["MAX_BYTES", "MAX_DEPTH", "Document", "dump", "parse"]
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 
+_FLOAT = (
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
 # Words, then the characters each may start with: PyYAML looks resolvers up by first character.
 _RULES: tuple[tuple[str, str, str], ...] = (
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", "-+0123456789"),
     (
         "tag:yaml.org,2002:float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        + r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        _FLOAT,
         "-+0123456789.",
     ),
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN"),
@@ -52,8 +55,9 @@ class Document:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, stricter; `parse` is the way in."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # its own registry, not the parent's
-    yaml_constructors: ClassVar[dict[Any, Any]] = dict(yaml.SafeLoader.yaml_constructors)
+    # PyYAML keeps its registries on the class: fresh ones, so that nobody else's loader changes.
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+    yaml_constructors = dict(yaml.SafeLoader.yaml_constructors)  # noqa: RUF012
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -75,7 +79,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, quoting by the same rules as `_Loader` reads."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
 
     def ignore_aliases(self, data: Any) -> bool:
         del data

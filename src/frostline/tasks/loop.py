@@ -1,0 +1,386 @@
+"""The training loop: updates, evaluations and the memory of what was best.
+
+Where the loop is, is two counts (updates complete, epochs evaluated); sample order, augmentation
+and random numbers follow from them (`frostline.tasks.order`). So the loop may be stopped between
+any two updates and go on from its `LoopState` as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from frostline.clock import Duration
+from frostline.cost import backward_share, trained_share
+from frostline.driver import Driver
+from frostline.errors import NonFiniteLoss
+from frostline.groups import LayerGroup, LayerGroups
+from frostline.plan import FreezePlan
+from frostline.tasks.config import RunConfig
+from frostline.tasks.order import Batching, derive_seed, epoch_order, seed_update
+from frostline.tasks.resources import Interrupt
+from frostline.tasks.task import Batch, Split, Task
+
+__all__ = ["Best", "Listener", "LoopState", "Parts", "TrainingLoop", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best epoch so far, by validation accuracy, ties by validation loss.
+
+    Attributes:
+        epoch: epochs complete when it was measured, from 1.
+        step: updates complete then.
+        val_accuracy: in [0, 1].
+        val_loss: mean cross-entropy.
+    """
+
+    epoch: int
+    step: int
+    val_accuracy: float
+    val_loss: float
+
+    def beats(self, other: Best | None) -> bool:
+        """Whether this epoch is better; a loss that is no number beats nothing but None."""
+        if other is None:
+            return True
+        if self.val_accuracy != other.val_accuracy:
+            return self.val_accuracy > other.val_accuracy
+        return self.val_loss < other.val_loss
+
+
+@dataclass(slots=True)
+class LoopState:
+    """Everything the loop must remember, beyond model, optimizer, schedule and driver.
+
+    Attributes:
+        step: updates complete.
+        evaluated: epochs whose evaluation is complete.
+        best: the best epoch so far.
+        stale: evaluations since the best one.
+        stopped_early: whether patience ran out.
+        loss_sum: weighted sum of the losses of this epoch's samples.
+        loss_weight: sum of those weights.
+        trained_share_sum: over all updates, parameters that trained as a share of all.
+        backward_share_sum: over all updates, backward work as a share of full fine-tuning's.
+    """
+
+    step: int = 0
+    evaluated: int = 0
+    best: Best | None = None
+    stale: int = 0
+    stopped_early: bool = False
+    loss_sum: float = 0.0
+    loss_weight: float = 0.0
+    trained_share_sum: float = 0.0
+    backward_share_sum: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LoopState:
+        """The inverse of `to_json`."""
+        best = data["best"]
+        return cls(**data | {"best": None if best is None else Best(**best)})
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the loop works with.
+
+    Attributes:
+        model: the model, on `device`.
+        optimizer: over all its parameters.
+        scheduler: stepped once per update.
+        driver: decides what is frozen.
+        device: where the model is.
+        forward: context of a forward pass (mixed precision).
+        scaler: gradient scaler, or None.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    driver: Driver
+    device: torch.device
+    forward: Callable[[], AbstractContextManager[object]]
+    scaler: torch.amp.GradScaler | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What happens besides training; each is called between two updates.
+
+    Attributes:
+        updated: after each update, with its loss.
+        evaluated: after each epoch, with its metrics and whether it is the best so far.
+        checkpoint: when one is due.
+    """
+
+    updated: Callable[[float], None]
+    evaluated: Callable[[dict[str, float], bool], None]
+    checkpoint: Callable[[], None]
+
+
+@dataclass(slots=True)
+class TrainingLoop:
+    """Trains until the epochs are over or patience runs out.
+
+    Args:
+        task: data and how to feed it.
+        parts: model, optimizer and the rest.
+        batching: how an epoch is cut.
+        listener: records, checkpoints, progress.
+        interrupt: Ctrl-C.
+        state: where to go on.
+    """
+
+    task: Task
+    parts: Parts
+    batching: Batching
+    listener: Listener
+    interrupt: Interrupt
+    state: LoopState = field(default_factory=LoopState)
+    _weights: Tensor | None = field(init=False, default=None)
+    _shares: tuple[FreezePlan, float, float] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        weights = self.task.class_weights()
+        self._weights = None if weights is None else weights.to(self.parts.device)
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings of the run."""
+        return self.task.config
+
+    @property
+    def done(self) -> bool:
+        """Whether training is over."""
+        return self.state.stopped_early or self.state.evaluated >= self.config.epochs
+
+    def run(self) -> None:
+        """Train from where `state` is to the end.
+
+        Raises:
+            NonFiniteLoss: the loss or the gradient is no number any more.
+            KeyboardInterrupt: Ctrl-C; `state` and parts are consistent and can be saved.
+        """
+        while not self.done:
+            if self.state.step == (self.state.evaluated + 1) * self.batching.steps_per_epoch:
+                self._end_epoch()
+            else:
+                self._train_epoch()
+
+    # -- training ----------------------------------------------------------------------------
+
+    def _train_epoch(self) -> None:
+        """The rest of the current epoch."""
+        epoch, done = divmod(self.state.step, self.batching.steps_per_epoch)
+        order = epoch_order(self.config.seed, epoch, len(self.task.train))
+        updates = self.batching.updates(order)[done:]
+        view = derive_seed(self.config.seed, "view", epoch)
+        keys = [[(i, view) for i in batch] for update in updates for batch in update]
+        batches = self._batches(self.task.train, keys)
+        self.parts.model.train()
+        for update in updates:
+            self.interrupt.check()
+            loss, weight = self._update(
+                [i for batch in update for i in batch], len(update), batches
+            )
+            self._count(loss, weight)
+
+    def _update(
+        self, indices: list[int], count: int, batches: Iterator[Batch]
+    ) -> tuple[float, float]:
+        """One optimizer update over `count` batches: its mean loss and total weight."""
+        parts = self.parts
+        weight = self._weight_of(indices)
+        with parts.driver.step():
+            seed_update(self.config.seed, "update", self.state.step)
+            parts.optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), dtype=torch.float64, device=parts.device)
+            for _ in range(count):
+                loss += self._backward(next(batches).to(parts.device), weight)
+            if not math.isfinite(value := float(loss)):
+                raise self._not_finite(f"a loss of {value}")
+            if parts.scaler is not None:
+                parts.scaler.unscale_(parts.optimizer)
+            parts.driver.sample()
+            self._clip()
+            self._step()
+        return value, weight
+
+    def _backward(self, batch: Batch, weight: float) -> Tensor:
+        with self.parts.forward():
+            logits = self.task.logits(self.parts.model, batch)
+        losses = functional.cross_entropy(
+            logits.float(), batch.targets, weight=self._weights, reduction="sum"
+        )
+        loss = losses / weight
+        scaled = loss if self.parts.scaler is None else self.parts.scaler.scale(loss)
+        scaled.backward()
+        return loss.detach().double()
+
+    def _weight_of(self, indices: list[int]) -> float:
+        """The sum of sample weights of an update, so that its loss is one mean over all batches."""
+        if self._weights is None:
+            return float(len(indices))
+        labels = torch.tensor([self.task.train.labels[i] for i in indices])
+        return float(self._weights.cpu().double()[labels].sum())
+
+    def _clip(self) -> None:
+        if self.config.clip_norm is None:
+            return
+        norm = nn.utils.clip_grad_norm_(self.parts.model.parameters(), self.config.clip_norm)
+        if self.parts.scaler is None and not math.isfinite(float(norm)):
+            raise self._not_finite(f"a gradient of norm {float(norm)}")
+
+    def _step(self) -> None:
+        optimizer, scaler = self.parts.optimizer, self.parts.scaler
+        if scaler is None:
+            optimizer.step()
+            self.parts.scheduler.step()
+            return
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() >= before:  # else the update was skipped, and the rate waits
+            self.parts.scheduler.step()
+
+    def _count(self, loss: float, weight: float) -> None:
+        state = self.state
+        trained, backward = self._shares_of(self.parts.driver.plan)
+        state.step += 1
+        state.loss_sum += loss * weight
+        state.loss_weight += weight
+        state.trained_share_sum += trained
+        state.backward_share_sum += backward
+        self.listener.updated(loss)
+        if state.step % self.batching.steps_per_epoch and self._checkpoint_due():
+            self.listener.checkpoint()
+
+    def _shares_of(self, plan: FreezePlan) -> tuple[float, float]:
+        if self._shares is None or self._shares[0] is not plan:
+            groups = self.parts.driver.backend.groups
+            self._shares = (plan, trained_share(groups, plan), backward_share(groups, plan))
+        return self._shares[1:]
+
+    def _checkpoint_due(self) -> bool:
+        if self.config.checkpoint_every is None:
+            return False
+        every = Duration.parse(self.config.checkpoint_every).steps(self.parts.driver.progress)
+        return self.state.step % max(1, every) == 0
+
+    # -- evaluation --------------------------------------------------------------------------
+
+    def _end_epoch(self) -> None:
+        state = self.state
+        metrics = {"train_loss": state.loss_sum / state.loss_weight}
+        measured = self.evaluate(self.task.val)
+        metrics |= {f"val_{name}": value for name, value in measured.items()}
+        self.parts.driver.evaluated(metrics)
+        found = Best(state.evaluated + 1, state.step, measured["accuracy"], measured["loss"])
+        better = found.beats(state.best)
+        self.state = replace(
+            state,
+            evaluated=state.evaluated + 1,
+            best=found if better else state.best,
+            stale=0 if better else state.stale + 1,
+            loss_sum=0.0,
+            loss_weight=0.0,
+        )
+        patience = self.config.patience
+        self.state.stopped_early = (
+            patience is not None
+            and self.state.stale >= patience
+            and self.state.evaluated < self.config.epochs
+        )
+        self.listener.evaluated(metrics, better)
+        if not self.done and self._checkpoint_due():
+            self.listener.checkpoint()
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Loss and accuracy on a split, without augmentation.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C.
+        """
+        seed_update(self.config.seed, "evaluate", self.state.evaluated)
+        size = self.config.batch_size
+        keys = [
+            [(i, None) for i in range(start, min(start + size, len(split)))]
+            for start in range(0, len(split), size)
+        ]
+        return evaluate(self.task, self.parts, self._batches(split, keys), self.interrupt)
+
+    def _batches(self, split: Split, keys: list[list[tuple[int, int | None]]]) -> Iterator[Batch]:
+        # A generator of its own: the loader draws a seed for its workers, which must not move
+        # the global stream.
+        loader = DataLoader(
+            split,
+            batch_sampler=keys,
+            collate_fn=self.task.collate,
+            num_workers=self.config.workers,
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    # -- failure -----------------------------------------------------------------------------
+
+    def _not_finite(self, what: str) -> NonFiniteLoss:
+        rates = sorted({float(group["lr"]) for group in self.parts.optimizer.param_groups})
+        groups = self.parts.driver.backend.groups
+        where = _first_non_finite(self.parts.model, groups)
+        return NonFiniteLoss(
+            f"go on training after update {self.state.step}",
+            found=f"{what} at learning rates {rates[0]:g} to {rates[-1]:g}"
+            + (f"; {where}" if where else ""),
+            fix="a smaller lr or head_lr, a longer warmup, a clip_norm, or precision: fp32",
+        )
+
+
+def evaluate(
+    task: Task, parts: Parts, batches: Iterator[Batch], interrupt: Interrupt
+) -> dict[str, float]:
+    """Mean cross-entropy and accuracy over batches; sums are kept in double precision."""
+    loss = torch.zeros((), dtype=torch.float64, device=parts.device)
+    correct = torch.zeros((), dtype=torch.int64, device=parts.device)
+    count = 0
+    parts.model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            interrupt.check()
+            moved = batch.to(parts.device)
+            with parts.forward():
+                logits = task.logits(parts.model, moved)
+            each = functional.cross_entropy(logits.float(), moved.targets, reduction="none")
+            loss += each.double().sum()
+            correct += (logits.argmax(dim=1) == moved.targets).sum()
+            count += batch.size
+    return {"loss": float(loss) / count, "accuracy": int(correct) / count}
+
+
+def _first_non_finite(model: nn.Module, groups: LayerGroups) -> str:
+    """The shallowest group with a weight, else a gradient, that is no number."""
+    parameters = dict(model.named_parameters())
+
+    def bad(group: LayerGroup, *, gradient: bool) -> bool:
+        found = [parameters[p.name] for p in group.parameters if p.name in parameters]
+        tensors = [p.grad if gradient else p for p in found]
+        return any(t is not None and not torch.isfinite(t).all() for t in tensors)
+
+    for gradient, what in ((False, "weight"), (True, "gradient")):
+        for group in groups:
+            if bad(group, gradient=gradient):
+                return f"the first {what} that is not finite is in group {group.name!r}"
+    return ""

@@ -1,0 +1,123 @@
+"""What a run borrows from its process and gives back: random streams, threads, Ctrl-C, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from frostline.backends.torch.checkpoint import read_random_state, write_random_state
+from frostline.errors import ConfigError
+
+__all__ = ["Interrupt", "PeakMemory", "borrowed_process", "pick_device"]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a run: "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"run on the device {name!r}",
+            found=str(error).splitlines()[0],
+            fix="'auto', or a device this build of torch has, such as 'cpu'",
+        ) from error
+
+
+@contextlib.contextmanager
+def borrowed_process(threads: int | None) -> Iterator[None]:
+    """Run with this many threads; afterwards random streams and threads are as before."""
+    before, states = torch.get_num_threads(), read_random_state()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        write_random_state(states)
+
+
+@dataclass(slots=True)
+class Interrupt:
+    """Turns Ctrl-C into a stop at the next safe place; a second one stops at once.
+
+    A context manager. Outside the main thread it does nothing, as there is no Ctrl-C there.
+    """
+
+    asked: bool = False
+    _before: Any = None
+    _installed: bool = field(default=False, init=False)
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+            self._installed = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, self._before)
+            self._installed = False
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` when Ctrl-C came since the last call."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class PeakMemory:
+    """The largest memory in use since it was made.
+
+    On CUDA the most that torch had allocated on the device. Elsewhere the most resident memory of
+    the process: on Linux since the start of the measurement (the kernel's high-water mark is
+    reset), on other systems since the start of the process.
+
+    Args:
+        device: the device the run uses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with contextlib.suppress(OSError):  # absent outside Linux, forbidden in some sandboxes
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
