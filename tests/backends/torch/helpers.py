@@ -56,7 +56,7 @@ def groups_of(model: nn.Module, prefixes: Sequence[str] = NET_GROUPS) -> LayerGr
     tensors = dict(model.named_parameters())
 
     def inside(name: str, prefix: str) -> bool:
-        return prefix == "" or name == prefix or name.startswith(f"{prefix}.")
+        return prefix in ("", name) or name.startswith(f"{prefix}.")
 
     groups = []
     for depth, prefix in enumerate(prefixes):
