@@ -17,6 +17,7 @@ The rules, in the order they apply:
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,12 +85,26 @@ def type_name(module: nn.Module) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a normalisation layer."""
-    return isinstance(module, _NORMS) or "norm" in type_name(module).lower()
+    """Whether the module is a normalisation layer: a known one, or one that is called so.
+
+    A layer that is merely called so ("WeightNormLinear") holds more than vectors.
+    """
+    if isinstance(module, _NORMS):
+        return True
+    own = module.parameters(recurse=False)
+    return "norm" in type_name(module).lower() and all(
+        sum(size > 1 for size in p.shape) < 2 for p in own
+    )
 
 
 _NORMS = (
-    nn.modules.batchnorm._NormBase,  # noqa: SLF001  (base of all batch and instance norms)
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,
@@ -204,7 +219,7 @@ class _Divider:
         upstream = self._trace.upstream
         return any(
             later not in upstream or earlier in upstream[later]
-            for earlier, later in zip(names, names[1:], strict=False)
+            for earlier, later in itertools.pairwise(names)
         )
 
     def _is_mostly_list(self, module: nn.Module) -> bool:

@@ -119,7 +119,7 @@ def _candidates(model: nn.Module, make: _Maker) -> Iterator[Example]:
         yield Example(args=(make.floats(*sizes),))
     count = _required_arguments(model)
     for layer in _first_layers(model):
-        for tensor in _fed_to(layer, model, make):
+        for tensor in _fed_to(layer, make):
             yield Example(args=(tensor,) * count)
 
 
@@ -170,14 +170,14 @@ def _required_arguments(model: nn.Module) -> int:
     return max(1, len(needed))
 
 
-def _fed_to(layer: nn.Module, model: nn.Module, make: _Maker) -> Iterator[Tensor]:
+def _fed_to(layer: nn.Module, make: _Maker) -> Iterator[Tensor]:
     for kind, feed in _FEEDS.items():
         if isinstance(layer, kind):
-            yield from feed(layer, model, make)
+            yield from feed(layer, make)
             return
 
 
-def _images(channels: int, model: nn.Module, make: _Maker) -> Iterator[Tensor]:
+def _images(channels: int, make: _Maker) -> Iterator[Tensor]:
     for size in IMAGE_SIZES:
         yield make.floats(channels, size, size)
 
@@ -213,19 +213,19 @@ def _normalised(shape: tuple[int, ...], make: _Maker) -> Iterator[Tensor]:
     yield make.floats(16, *shape)
 
 
-_FEEDS: dict[type[nn.Module], Callable[[Any, nn.Module, _Maker], Iterator[Tensor]]] = {
-    nn.Conv1d: lambda m, _, make: _series(m.in_channels, make),
-    nn.Conv2d: lambda m, model, make: _images(m.in_channels, model, make),
-    nn.Conv3d: lambda m, _, make: _volumes(m.in_channels, make),
-    nn.Linear: lambda m, _, make: _features(m.in_features, make),
-    nn.Embedding: lambda m, _, make: _tokens(m.num_embeddings, make),
-    nn.EmbeddingBag: lambda m, _, make: _tokens(m.num_embeddings, make),
-    nn.RNNBase: lambda m, _, make: _features(m.input_size, make),
-    nn.MultiheadAttention: lambda m, _, make: _features(m.embed_dim, make),
-    nn.BatchNorm1d: lambda m, _, make: _features(m.num_features, make),
-    nn.BatchNorm2d: lambda m, model, make: _images(m.num_features, model, make),
-    nn.BatchNorm3d: lambda m, _, make: _volumes(m.num_features, make),
-    nn.LayerNorm: lambda m, _, make: _normalised(m.normalized_shape, make),
+_FEEDS: dict[type[nn.Module], Callable[[Any, _Maker], Iterator[Tensor]]] = {
+    nn.Conv1d: lambda m, make: _series(m.in_channels, make),
+    nn.Conv2d: lambda m, make: _images(m.in_channels, make),
+    nn.Conv3d: lambda m, make: _volumes(m.in_channels, make),
+    nn.Linear: lambda m, make: _features(m.in_features, make),
+    nn.Embedding: lambda m, make: _tokens(m.num_embeddings, make),
+    nn.EmbeddingBag: lambda m, make: _tokens(m.num_embeddings, make),
+    nn.RNNBase: lambda m, make: _features(m.input_size, make),
+    nn.MultiheadAttention: lambda m, make: _features(m.embed_dim, make),
+    nn.BatchNorm1d: lambda m, make: _features(m.num_features, make),
+    nn.BatchNorm2d: lambda m, make: _images(m.num_features, make),
+    nn.BatchNorm3d: lambda m, make: _volumes(m.num_features, make),
+    nn.LayerNorm: lambda m, make: _normalised(m.normalized_shape, make),
 }
 
 

@@ -18,6 +18,7 @@ import fnmatch
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -376,7 +377,7 @@ def _known_head(model: nn.Module) -> list[Tensor]:
     """Parameters of the task head, where the model's library says which they are."""
     library = sys.modules.get("transformers")
     if library is not None and isinstance(model, library.PreTrainedModel):
-        base: nn.Module = model.base_model
+        base: Any = model.base_model
         inside = {id(p) for p in base.parameters()}
         return [p for p in model.parameters() if id(p) not in inside] if base is not model else []
     get_classifier = getattr(model, "get_classifier", None)

@@ -33,7 +33,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from frostline.errors import ModelError
 
-__all__ = ["Trace", "Use", "check_runnable", "leave_untouched", "run_model", "trace_model"]
+__all__ = [
+    "Trace",
+    "Use",
+    "check_runnable",
+    "leave_untouched",
+    "private_batch",
+    "run_model",
+    "tensors_in",
+    "trace_model",
+    "uncompiled",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +137,10 @@ def run_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     # The flags are set one by one: `eval()` is overridden in models that merge weights in it.
     for module in model.modules():
         module.training = False
-    device = _single_device(model)
-    own = _map_tensors((tuple(args), dict(kwargs)), lambda t: _private(t, device))
+    own_args, own_kwargs = private_batch(model, args, kwargs)
     try:
-        with torch.no_grad(), _uncompiled():
-            return model(*own[0], **own[1])
+        with torch.no_grad(), uncompiled():
+            return model(*own_args, **own_kwargs)
     except Exception as error:
         shapes = _describe((tuple(args), dict(kwargs)))
         raise ModelError(
@@ -217,7 +226,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the tensors an operation reads, and pass it on."""
         kwargs = kwargs or {}
-        read = list(_tensors_in((args, kwargs)))
+        read = list(tensors_in((args, kwargs)))
         for tensor in read:
             self._note(tensor, writes=_writes(func))
         result = func(*args, **kwargs)
@@ -235,7 +244,7 @@ class _Recorder(TorchDispatchMode):
             self._uses[name] = Use(self._next(), tuple(self._stack))
 
     def _spread(self, read: Sequence[Tensor], result: Any) -> None:
-        origin = functools.reduce(operator.or_, (self._origin.get(t, 0) for t in read), 0)
+        origin = functools.reduce(operator.or_, (self._origin.get(t) or 0 for t in read), 0)
         if not origin:
             return
         for name in self._stack:
@@ -243,12 +252,12 @@ class _Recorder(TorchDispatchMode):
                 self._upstream[name] = self._upstream.get(name, 0) | origin
             elif origin & self._bits[name]:
                 self._looped.add(name)
-        for tensor in _tensors_in(result):
+        for tensor in tensors_in(result):
             self._mark(tensor, origin)
 
     def _mark(self, tensor: Tensor, origin: int) -> None:
         if id(tensor) not in self._tensors:
-            self._origin[tensor] = origin | self._origin.get(tensor, 0)
+            self._origin[tensor] = origin | (self._origin.get(tensor) or 0)
 
     def _enter(self, module: nn.Module, _inputs: Any) -> None:
         name = self._modules.get(id(module))
@@ -265,7 +274,7 @@ class _Recorder(TorchDispatchMode):
             return
         if self._stack and self._stack[-1] == name:
             self._stack.pop()
-        for tensor in _tensors_in(output):
+        for tensor in tensors_in(output):
             self._mark(tensor, self._bits[name])
 
     def _next(self) -> int:
@@ -303,15 +312,30 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
+
+
+def private_batch(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of the batch on the model's device: some models write into their input."""
+    devices = {p.device for p in model.parameters()}
+    device = devices.pop() if len(devices) == 1 else None
+
+    def copy(tensor: Tensor) -> Tensor:
+        own = tensor.detach().clone()
+        return own if device is None else own.to(device)
+
+    return _map_tensors((tuple(args), dict(kwargs)), copy)
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -326,18 +350,8 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _private(tensor: Tensor, device: torch.device | None) -> Tensor:
-    # Some models write into their input.
-    copy = tensor.detach().clone()
-    return copy if device is None else copy.to(device)
-
-
-def _single_device(model: nn.Module) -> torch.device | None:
-    devices = {p.device for p in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled modules as plain ones."""
     # Compiled code hides modules from hooks. Nothing is compiled unless this is loaded.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
@@ -429,7 +443,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _describe(value: Any) -> str:
-    shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in _tensors_in(value)]
+    shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(value)]
     return ", ".join(shapes) or "no tensors"
 
 
