@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from frostline.errors import ModelError
-from frostline.tasks.config import RunConfig
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.tracing import leave_untouched, run_model
+from frostline.tasks.built import Preparation
+from frostline.tasks.config import RunConfig, resolve_config
+from frostline.tasks.data import read_data
+from frostline.tasks.image import ImagePreparation
+from frostline.tasks.models import as_logits, build_model, model_logits
+from frostline.tasks.saved import describe, save_model
 
-if TYPE_CHECKING:
-    from frostline.backends.torch.example import Example
-
-__all__ = ["Batch", "Sample", "Split", "Task", "load_task"]
+__all__ = ["Batch", "Sample", "Split", "Task", "balanced_weights", "load_task"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ class Task:
         val: samples to choose by.
         test: samples to report on, once, at the end.
         preparation: turns raw inputs into the model's inputs.
+        spec: plain JSON from which the architecture is built again.
         head: glob of the head's modules, or None when unknown.
         notes: plain JSON for the run's record: sizes, how splits were made, what was left out,
             which tensors start fresh.
@@ -132,14 +136,16 @@ class Task:
     train: Split
     val: Split
     test: Split
-    preparation: Any
+    preparation: Preparation
+    spec: Mapping[str, Any]
     head: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Put samples together: images stacked, texts padded to the longest."""
+        preparation: Any = self.preparation
         return Batch(
-            inputs=self.preparation.collate([s.inputs for s in samples]),
+            inputs=preparation.collate([s.inputs for s in samples]),
             targets=torch.tensor([s.label for s in samples], dtype=torch.long),
             indices=tuple(s.index for s in samples),
         )
@@ -158,8 +164,6 @@ class Task:
         Args:
             size: samples in it, 1 to 4 are plenty.
         """
-        from frostline.backends.torch.example import Example
-
         samples = [self.train[i, None] for i in range(min(size, len(self.train)))]
         inputs = self.collate(samples).inputs
         if isinstance(inputs, tuple):
@@ -178,13 +182,19 @@ class Task:
         """Write the model, its preparation and a model card, for `load_saved`.
 
         Args:
-            folder: created if absent.
+            folder: created if absent; files of an earlier model in it are replaced one by one.
             model: this task's model, as trained.
             metrics: figures for the card, by name.
         """
-        from frostline.tasks.saved import save_model
-
-        save_model(folder, self, model, metrics=metrics or {})
+        card = describe(self.config, self.notes, metrics or {})
+        save_model(
+            folder,
+            model,
+            preparation=self.preparation,
+            spec=self.spec,
+            labels=self.labels,
+            card=card,
+        )
 
 
 def balanced_weights(labels: Sequence[int], *, classes: int) -> Tensor:
@@ -198,28 +208,6 @@ def balanced_weights(labels: Sequence[int], *, classes: int) -> Tensor:
     return len(labels) / (classes * counts.clamp(min=1).float())
 
 
-def model_logits(
-    model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any], *, classes: int
-) -> Tensor:
-    """Forward pass of any classifier: scores (N, classes).
-
-    Raises:
-        ModelError: the output is no such tensor.
-    """
-    out = model(*inputs) if isinstance(inputs, tuple) else model(**inputs)
-    out = getattr(out, "logits", out)
-    if isinstance(out, tuple | list) and out:
-        out = out[0]
-    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] != classes:
-        shape = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise ModelError(
-            f"classify with {type(model).__name__}",
-            found=f"an output of {shape}, for {classes} classes",
-            fix=f"a model that returns scores of shape (N, {classes})",
-        )
-    return out
-
-
 def load_task(config: RunConfig) -> Task:
     """Read the data, make the splits, build the model for its classes.
 
@@ -229,6 +217,41 @@ def load_task(config: RunConfig) -> Task:
         ConfigError: settings that contradict the data.
         MissingExtra: an optional dependency is absent.
     """
-    from frostline.tasks.assemble import assemble
+    data = read_data(config)
+    config = resolve_config(config, data.kind)
+    built = build_model(config, kind=data.kind, labels=data.labels)
+    preparation = built.preparation
+    if isinstance(preparation, ImagePreparation):
+        preparation = preparation.configured(config)
+    train, val, test = (
+        Split(data.inputs(name), data.targets(name), preparation)
+        for name in ("train", "val", "test")
+    )
+    notes = {**data.notes, "head": built.head, "fresh_tensors": _counted(built.fresh)}
+    task = Task(
+        kind=data.kind,
+        config=config,
+        model=built.model,
+        labels=data.labels,
+        train=train,
+        val=val,
+        test=test,
+        preparation=preparation,
+        spec=built.spec,
+        head=built.head,
+        notes=notes,
+    )
+    _try_out(task)
+    return task
 
-    return assemble(config)
+
+def _counted(names: Sequence[str], *, shown: int = 10) -> dict[str, Any]:
+    return {"count": len(names), "first": list(names[:shown])}
+
+
+def _try_out(task: Task) -> None:
+    """Run two samples through the model: better now than after an hour of preparation."""
+    example = task.example()
+    with leave_untouched(task.model):
+        out = run_model(task.model, example.args, example.kwargs)
+    as_logits(out, classes=len(task.labels))

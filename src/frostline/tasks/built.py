@@ -1,0 +1,36 @@
+"""What every source of models returns: the model, its preparation, and how to build it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from frostline.tasks.image import ImagePreparation
+from frostline.tasks.text import EncodedTextPreparation, TextPreparation
+
+__all__ = ["Built", "Kind", "Preparation"]
+
+Kind = Literal["image", "text"]
+Preparation = ImagePreparation | TextPreparation | EncodedTextPreparation
+
+
+@dataclass(frozen=True)
+class Built:
+    """A classifier with its preparation.
+
+    Attributes:
+        model: plain torch module.
+        preparation: raw inputs to model inputs.
+        spec: plain JSON from which the same architecture is built again without any download.
+        head: glob of the head's modules, or None when unknown.
+        fresh: names of tensors that start from random values.
+    """
+
+    model: nn.Module
+    preparation: Preparation
+    spec: Mapping[str, Any]
+    head: str | None = None
+    fresh: tuple[str, ...] = ()
