@@ -15,16 +15,16 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 class Block(nn.Module):
-    """Linear, batch norm, ReLU, dropout."""
+    """Batch norm, linear, ReLU, dropout; each parameter has a gradient that is not zero."""
 
     def __init__(self, wide_in: int, wide_out: int, dropout: float = 0.2) -> None:
         super().__init__()
         self.fc = nn.Linear(wide_in, wide_out)
-        self.norm = nn.BatchNorm1d(wide_out)
+        self.norm = nn.BatchNorm1d(wide_in)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(torch.relu(self.norm(self.fc(x))))
+        return self.drop(torch.relu(self.fc(self.norm(x))))
 
 
 class Net(nn.Module):

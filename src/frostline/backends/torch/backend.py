@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frostline.backends.torch.digest import TensorTable, WriteWatch, sha256_of_tensors
+from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import HeldModes
 from frostline.backends.torch.optimizer import (
     StepGuard,
     can_train,
     check_membership,
+    check_restart,
     group_scales,
     release_state,
     restart_state,
@@ -70,7 +72,7 @@ class TorchBackend:
         fixed: Collection[str] = (),
     ) -> None:
         self._root = unwrapped(model)
-        self._groups = groups if groups is not None else _found_groups(self._root)
+        self._groups = groups if groups is not None else layer_groups(self._root)
         self._optimizer = optimizer
         self._optimizer_state: OptimizerState = optimizer_state
         self._parameters = _resolve(self._root, self._groups)
@@ -85,6 +87,8 @@ class TorchBackend:
             check_membership(optimizer, able)
             self._guard = StepGuard.of(optimizer, self._root)
             self._guard.parameters = list(self._parameters.items())
+            if optimizer_state == "release":
+                check_restart(optimizer)
         self._report_found()
 
     @property
@@ -314,12 +318,6 @@ def record_plan(model: nn.Module, applied: tuple[LayerGroups, FreezePlan] | None
 
 #: What was applied last to each living model: pure data, so that no model is kept alive.
 _APPLIED: WeakKeyDictionary[nn.Module, tuple[LayerGroups, FreezePlan]] = WeakKeyDictionary()
-
-
-def _found_groups(root: nn.Module) -> LayerGroups:
-    from frostline.backends.torch.grouping import layer_groups  # noqa: PLC0415
-
-    return layer_groups(root)
 
 
 def _resolve(root: nn.Module, groups: LayerGroups) -> dict[str, Tensor]:

@@ -18,9 +18,11 @@ from frostline.backends.torch.backend import (
     OptimizerState,
     TorchBackend,
     applied_plan,
+    as_found,
     record_plan,
     unwrapped,
 )
+from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import OWN_ATTRIBUTES
 from frostline.driver import Driver
 from frostline.errors import ConfigError
@@ -45,7 +47,7 @@ def freeze(
     live_norm: bool = False,
     live_dropout: bool = False,
 ) -> FreezePlan:
-    """Freeze what the selector matches, besides what is frozen already.
+    """Freeze what the selector matches, besides what is frozen already, by hand or by this.
 
     Args:
         model: any module.
@@ -79,8 +81,10 @@ def freeze(
         live_dropout=live_dropout,
         reason=f"freeze {selector}",
     )
-    plan = _plan(model, groups) | wanted
-    TorchBackend(model, groups=groups).apply(plan)
+    before = _plan(model, groups)
+    by_hand = as_found(model) - before.frozen_parameters(groups)
+    plan = before | wanted
+    TorchBackend(model, groups=groups, fixed=by_hand).apply(plan)
     return plan
 
 
@@ -98,9 +102,11 @@ def unfreeze(model: nn.Module, selector: str | Selector = "all") -> FreezePlan:
     """
     groups = _groups(model, None, None)
     plan = _plan(model, groups)
-    rest = plan.frozen_parameters(groups) - select(selector).parameters(groups)
+    chosen = select(selector).parameters(groups)
+    by_hand = as_found(model) - plan.frozen_parameters(groups) - chosen
+    rest = plan.frozen_parameters(groups) - chosen
     plan = _freezing(groups, rest, plan).because(f"unfreeze {selector}")
-    TorchBackend(model, groups=groups).apply(plan)
+    TorchBackend(model, groups=groups, fixed=by_hand).apply(plan)
     return plan
 
 
@@ -129,7 +135,7 @@ def frozen(
         True
     """
     before = _Snapshot.take(model)
-    plan = FreezePlan()
+    held: frozenset[int] | None = None
     try:
         plan = freeze(
             model,
@@ -139,9 +145,10 @@ def frozen(
             live_norm=live_norm,
             live_dropout=live_dropout,
         )
+        held = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
         yield plan
     finally:
-        before.restore()
+        before.restore(held)
 
 
 def torch_driver(
@@ -208,11 +215,12 @@ class _Snapshot:
             applied_plan(model),
         )
 
-    def restore(self) -> None:
+    def restore(self, held: frozenset[int] | None) -> None:
+        """Put everything back; gradients only of the held parameters (None: of all)."""
         for p, requires_grad, grad in self.parameters:
-            if not p.requires_grad:  # frozen in the block: its gradient had been dropped
+            if held is None or id(p) in held:
                 p.grad = grad
-            p.requires_grad_(requires_grad)
+            p.requires_grad = requires_grad
         for module, training, own in self.modules:
             for key in OWN_ATTRIBUTES:
                 vars(module).pop(key, None)
@@ -229,8 +237,6 @@ def _groups(model: nn.Module, groups: LayerGroups | None, example: Example | Non
     known = applied_plan(root)
     if known is not None and _fits(root, known[0]):
         return known[0]
-    from frostline.backends.torch.grouping import layer_groups  # noqa: PLC0415
-
     return layer_groups(root, example)
 
 

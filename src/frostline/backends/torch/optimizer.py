@@ -248,6 +248,16 @@ def restart_state(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
             optimizer.state[p] = state
 
 
+def check_restart(optimizer: Optimizer) -> None:
+    """Raise unless `restart_state` will work: asked before any state is released.
+
+    Raises:
+        BackendError: the optimizer cannot be built again from its defaults.
+    """
+    group = optimizer.param_groups[0]
+    fresh_state(optimizer, group["params"][0], group)
+
+
 def fresh_state(
     optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any]
 ) -> dict[str, Any]:
