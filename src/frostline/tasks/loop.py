@@ -8,7 +8,7 @@ any two updates and go on from its `LoopState` as if nothing had happened.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from frostline._io import finite_json
 from frostline.clock import Duration
 from frostline.cost import backward_share, trained_share
 from frostline.driver import Driver
@@ -30,6 +31,8 @@ from frostline.tasks.resources import Interrupt
 from frostline.tasks.task import Batch, Split, Task
 
 __all__ = ["Best", "Listener", "LoopState", "Parts", "TrainingLoop", "evaluate"]
+
+Keys = list[list[Any]]  # per batch: (index, view) of its samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,18 @@ class LoopState:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        return asdict(self)
+        return finite_json(asdict(self))
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LoopState:
+    def from_json(cls, data: Mapping[str, Any]) -> LoopState:
         """The inverse of `to_json`."""
-        best = data["best"]
-        return cls(**data | {"best": None if best is None else Best(**best)})
+        best = data["best"] and Best(
+            data["best"]["epoch"],
+            data["best"]["step"],
+            float(data["best"]["val_accuracy"]),
+            float(data["best"]["val_loss"]),  # NaN is a string in JSON
+        )
+        return cls(**{**data, "best": best})
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +331,7 @@ class TrainingLoop:
         ]
         return evaluate(self.task, self.parts, self._batches(split, keys), self.interrupt)
 
-    def _batches(self, split: Split, keys: list[list[tuple[int, int | None]]]) -> Iterator[Batch]:
+    def _batches(self, split: Split, keys: Keys) -> Iterator[Batch]:
         # A generator of its own: the loader draws a seed for its workers, which must not move
         # the global stream.
         loader = DataLoader(

@@ -43,6 +43,7 @@ from frostline.errors import StorageError
 __all__ = [
     "RANDOM_STREAMS",
     "checkpoint_folders",
+    "checkpoint_step",
     "load_checkpoint",
     "read_random_state",
     "save_checkpoint",
@@ -176,7 +177,7 @@ def load_checkpoint(
     changes = _plan_changes(path, parts, objects, wanted)
     for change in changes:
         change()
-    _log.info("resumed from %s", path)
+    _log.info("restored %s", path)
     return extra
 
 
@@ -187,6 +188,17 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     named = [(m, path) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name))]
     ordered = sorted(named, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 1)), reverse=True)
     return [path for _, path in ordered]
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name, or -1 for another name.
+
+    Example:
+        >>> checkpoint_step(Path("checkpoints/step-00000123"))
+        123
+    """
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 # -- parts ---------------------------------------------------------------------------------------
@@ -272,7 +284,7 @@ def _misfit(path: Path, found: str, fix: str) -> StorageError:
 def _find(folder: Path, step: int | None) -> tuple[Path, _Parts, dict[str, Any]] | None:
     candidates = checkpoint_folders(folder)
     if step is not None:
-        candidates = [path for path in candidates if _step_of(path) == step]
+        candidates = [path for path in candidates if checkpoint_step(path) == step]
     if not candidates:
         return None
     found = _io.newest_valid(candidates, kind=KIND)
@@ -291,21 +303,16 @@ def _find(folder: Path, step: int | None) -> tuple[Path, _Parts, dict[str, Any]]
     return path, parts, state["extra"]
 
 
-def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
-
-
 def _next_step(folder: Path, driver: Driver | None) -> int:
     if driver is not None:
         return driver.progress.step
-    return max((_step_of(path) for path in checkpoint_folders(folder)), default=-1) + 1
+    return max((checkpoint_step(path) for path in checkpoint_folders(folder)), default=-1) + 1
 
 
 def _free_name(folder: Path, step: int) -> Path:
     """An unused name: a step that is saved again never overwrites what was there."""
     base = folder / f"step-{step:08d}"
-    taken = [path for path in checkpoint_folders(folder) if _step_of(path) == step]
+    taken = [path for path in checkpoint_folders(folder) if checkpoint_step(path) == step]
     if not taken:
         return base
     match = _NAME.fullmatch(taken[0].name)
