@@ -1,0 +1,147 @@
+"""The list of sub-commands, and how whatever goes wrong becomes one message and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cyclopts import App, CycloptsError
+
+from frostline._version import __version__
+from frostline.cli.terminal import WarningsHere, console, escape
+from frostline.errors import FrostlineError
+
+__all__ = ["app", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """A sub-command: imported from the module of its name when it is called."""
+
+    name: str
+    about: str
+    examples: tuple[str, ...]
+
+
+_COMMANDS = (
+    _Command(
+        "inspect",
+        "Show the layer groups of a model and what freezing each would save.",
+        (
+            "frostline inspect timm:resnet18 --weights random",
+            "frostline inspect torchvision:vgg11_bn --weights random --batch-size 8 --json",
+        ),
+    ),
+    _Command(
+        "fit",
+        "Fine-tune a model on your data under a freezing policy.",
+        (
+            "frostline fit timm:resnet18 photos/ --policy gradual:every=1ep",
+            "frostline fit hf:./minilm reviews.csv --policy linear-probe --epochs 5",
+            "frostline fit --config run.yaml --lr 1e-4 --print-config",
+        ),
+    ),
+    _Command(
+        "predict",
+        "Print labels and probabilities for new inputs, from a finished run.",
+        (
+            "frostline predict RUN new.jpg other.png --top 3",
+            "frostline predict RUN @questions.txt --json",
+        ),
+    ),
+    _Command(
+        "runs",
+        "List the runs in a folder side by side.",
+        ("frostline runs", "frostline runs runs/demo --json"),
+    ),
+    _Command(
+        "policies",
+        "List the freezing policies, or show one with its options.",
+        ("frostline policies", "frostline policies gradual"),
+    ),
+)
+
+
+def _examples(lines: Iterable[str]) -> str:
+    return "\n".join(("Examples:", "", *(f"    {line}" for line in lines)))
+
+
+app = App(
+    name="frostline",
+    help="Fine-tune with layers frozen: frozen means frozen, measured, and chosen on evidence.",
+    help_epilogue=_examples(command.examples[0] for command in _COMMANDS),
+    help_format="plaintext",
+    version=__version__,
+    suppress_keyboard_interrupt=False,
+)
+for _command in _COMMANDS:
+    app.command(
+        f"frostline.cli.{_command.name}:{_command.name}",
+        name=_command.name,
+        help=_command.about,
+        help_epilogue=_examples(_command.examples),
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; the exit code is returned, every message already printed."""
+    log, handler = logging.getLogger("frostline"), WarningsHere(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        return _run(arguments)
+    finally:
+        log.removeHandler(handler)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        app(
+            list(arguments),
+            result_action="return_value",
+            exit_on_error=False,
+            print_error=False,
+        )
+        sys.stdout.flush()
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 1
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); the interpreter must not flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the outermost frame
+        return _report(error)
+    return 0
+
+
+def _report(error: BaseException) -> int:
+    if os.environ.get("FROSTLINE_DEBUG") == "1":
+        traceback.print_exception(error)
+    match error:
+        case CycloptsError():
+            lines, code = _usage(error), 2
+        case FrostlineError():
+            lines, code = str(error).splitlines(), error.exit_code
+        case KeyboardInterrupt():
+            lines, code = ["interrupted"], 130
+        case _:
+            what = f"{type(error).__name__}: {error}".rstrip(": ")
+            lines, code = [f"unexpected {what}; set FROSTLINE_DEBUG=1 for the traceback"], 1
+    out = console(sys.stderr)
+    for line in lines:
+        out.print(escape(line), soft_wrap=True)
+    return code
+
+
+def _usage(error: CycloptsError) -> list[str]:
+    error.verbose = False
+    return str(
+        FrostlineError(
+            "read the command line",
+            found=" ".join(str(error).split()),
+            fix=" ".join(("frostline", *(error.command_chain or ()), "--help")),
+        )
+    ).splitlines()

@@ -1,0 +1,138 @@
+"""Progress of a run on stderr: a live bar on a terminal, plain lines elsewhere.
+
+Both show the same lines: where the run writes, each change of plan, each epoch. The bar adds what
+moves between them: updates, loss, time left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from frostline.cli.results import seconds_text
+from frostline.cli.terminal import console, escape
+
+__all__ = ["follow"]
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+@contextmanager
+def follow(stream: TextIO, *, title: str = "", quiet: bool = False) -> Iterator[OnEvent]:
+    """Show a run while the block runs: pass what this yields as `on_event`.
+
+    Args:
+        stream: where to; a live bar if it is a terminal, lines otherwise.
+        title: what the bar is called, e.g. the policy.
+        quiet: show nothing.
+
+    Example:
+        Used by the command, and by scripts that want the same display::
+
+            with follow(sys.stderr) as on_event:
+                frostline.fit("timm:resnet18", "photos/", on_event=on_event)
+    """
+    out = console(stream)
+    if quiet:
+        yield _ignore
+    elif not out.is_terminal or out.is_dumb_terminal:
+        yield _Lines(lambda line: out.print(line, soft_wrap=True)).receive
+    else:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[now]}", markup=False),
+        )
+        with Progress(*columns, console=out, transient=True) as bar:
+            lines = _Lines(lambda line: bar.console.print(line, soft_wrap=True))
+            yield _Bar(bar, bar.add_task(escape(title), total=None, now="preparing"), lines).receive
+
+
+def _ignore(event: Mapping[str, Any]) -> None:
+    del event
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Time left, from the pace of this session."""
+
+    clock: Callable[[], float] = time.monotonic
+    started: float = 0.0
+    first_step: int = 0
+
+    def start(self, step: int) -> None:
+        self.started, self.first_step = self.clock(), step
+
+    def left_text(self, step: int, total: int | None) -> str:
+        done = step - self.first_step
+        if not total or done < 1:
+            return ""
+        left = (self.clock() - self.started) / done * (total - step)
+        return f"about {seconds_text(left)} left" if left >= 1 else "nearly done"
+
+
+@dataclass(slots=True)
+class _Lines:
+    """Events as lines of text."""
+
+    say: Callable[[str], Any]
+    pace: _Pace = field(default_factory=_Pace)
+    _epochs: int = 0
+    _total: int | None = None
+
+    def receive(self, event: Mapping[str, Any]) -> None:
+        """Say what is worth a line."""
+        match event["kind"]:
+            case "start":
+                self._epochs, self._total = event["epochs"], event["total_steps"]
+                self.pace.start(event["step"])
+                if event["resumed"]:
+                    self.say(escape(f"going on in {event['path']} after update {event['step']}"))
+                else:
+                    self.say(escape(f"run folder {event['path']}"))
+                self.say(escape(event["plan"]))
+            case "decision" if event["step"]:
+                self.say(escape(f"step {event['step']}: {event['plan']}"))
+            case "epoch":
+                self.say(self._epoch(event))
+
+    def _epoch(self, event: Mapping[str, Any]) -> str:
+        metrics = event["metrics"]
+        parts = [
+            f"epoch {event['epoch']}/{self._epochs}",
+            f"train loss {metrics['train_loss']:.4f}",
+            f"val loss {metrics['val_loss']:.4f}",
+            f"val accuracy {100 * metrics['val_accuracy']:.1f} %",
+        ]
+        if event["better"]:
+            parts.append("best so far")
+        if left := self.pace.left_text(event["step"], self._total):
+            parts.append(left)
+        return ", ".join(parts)
+
+
+@dataclass(slots=True)
+class _Bar:
+    """Events as a live bar, with the lines above it."""
+
+    bar: Progress
+    task: TaskID
+    lines: _Lines
+
+    def receive(self, event: Mapping[str, Any]) -> None:
+        """Move the bar, then say what is worth a line."""
+        self.lines.receive(event)
+        match event["kind"]:
+            case "start":
+                total, step = event["total_steps"], event["step"]
+                self.bar.update(self.task, total=total, completed=step, now="training")
+            case "step":
+                step, total = event["step"], event["total_steps"]
+                left = self.lines.pace.left_text(step, total)
+                now = f"update {step}/{total}  loss {event['loss']:.3f}  {left}"
+                self.bar.update(self.task, completed=step, now=now)

@@ -1,0 +1,64 @@
+"""Finished runs as a table: the same columns after `fit`, in `frostline runs` and in examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from frostline.cli.terminal import bytes_text, print_json, print_table
+from frostline.study.records import Row, comparison_table
+
+__all__ = ["print_runs", "seconds_text"]
+
+_COLUMNS = {
+    "run": "left",
+    "policy": "left",
+    "validation": "right",
+    "test": "right",
+    "wall time": "right",
+    "peak memory": "right",
+    "parameters trained": "right",
+    "backward work": "right",
+}
+
+
+def print_runs(runs: Iterable[str | Path], *, as_json: bool = False) -> None:
+    """Print runs side by side on stdout: accuracies, time, memory, what was trained."""
+    rows = comparison_table(runs)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    else:
+        print_table(_COLUMNS, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> Sequence[str | None]:
+    return (
+        row.run,
+        row.policy,
+        _percent(row.val_accuracy),
+        _percent(row.test_accuracy),
+        None if row.wall_s is None else seconds_text(row.wall_s),
+        None if row.peak_memory_bytes is None else bytes_text(row.peak_memory_bytes),
+        _percent(row.trained_parameter_share),
+        _percent(row.backward_share),
+    )
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f} %"
+
+
+def seconds_text(seconds: float) -> str:
+    """A time for people.
+
+    Example:
+        >>> seconds_text(4.26), seconds_text(95), seconds_text(7384)
+        ('4.3 s', '1 min 35 s', '2 h 03 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
