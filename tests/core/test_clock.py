@@ -69,6 +69,7 @@ def test_progress_fractions() -> None:
     assert Progress(5, 20, 10).fraction == 0.25
     assert Progress(25, 20, 10).fraction == 1.0
     assert Progress(5).fraction is None
+    assert Progress().step == Progress(3).epoch == 0
     assert Progress(5, 20).remaining_steps == 15
     assert Progress(19, 100, 10).epoch == 1
     assert Progress(20, 100, 10).epoch == 2

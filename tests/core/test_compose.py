@@ -172,8 +172,8 @@ def test_cost_veto_needs_measured_costs_and_a_known_length() -> None:
 
 
 def test_guard_unfreezes_on_regression_and_lets_go() -> None:
-    policy = Guard(LinearProbe(), metric="loss", tolerance=0.1, patience=2)
-    losses = [1.0, 1.05, 1.2, 1.2, 1.2, 1.0]
+    policy = Guard(LinearProbe(), metric="loss", tolerance=0.125, patience=2)
+    losses = [1.0, 1.125, 1.25, 1.25, 1.25, 1.0]
     plans = run(policy, [at(i, metrics={"loss": loss}) for i, loss in enumerate(losses)])
     assert [len(p.frozen) for p in plans] == [4, 4, 4, 0, 0, 4]
 
@@ -183,6 +183,13 @@ def test_guard_with_a_metric_to_maximise_and_nan() -> None:
     values = [0.5, 0.6, 0.5, float("nan"), 0.7]
     plans = run(policy, [at(i, metrics={"accuracy": v}) for i, v in enumerate(values)])
     assert [len(p.frozen) for p in plans] == [4, 4, 0, 0, 4]
+
+
+def test_guard_counts_nan_as_worse_one_by_one() -> None:
+    policy = Guard(LinearProbe(), metric="loss", patience=2)
+    values = [1.0, float("nan"), float("nan")]
+    plans = run(policy, [at(i, metrics={"loss": v}) for i, v in enumerate(values)])
+    assert [len(p.frozen) for p in plans] == [4, 4, 0]
 
 
 def test_guard_names_a_missing_metric() -> None:

@@ -83,6 +83,9 @@ def test_reports_sum_to_one_and_grow() -> None:
     savings = [r.saving for r in reports]
     assert savings == sorted(savings)
     assert all(r.cached_saving >= r.saving for r in reports)
+    by_hand = group_reports(uniform(4))[1]  # two of four groups frozen: 7 of 11 units are left
+    assert by_hand.saving == pytest.approx(1 - 7 / 11)
+    assert by_hand.cached_saving == pytest.approx(1 - 5 / 11)
     assert reports[-1].cached_saving == pytest.approx(1)
 
 
