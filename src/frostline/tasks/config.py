@@ -351,7 +351,7 @@ def resolve_config(config: RunConfig, kind: Kind) -> RunConfig:
     rate = config.lr if config.lr is not None else usual
     found = {
         "lr": rate,
-        "head_lr": config.head_lr if config.head_lr is not None else min(10.0, 10 * rate),
+        "head_lr": config.head_lr if config.head_lr is not None else min(10.0, round(10 * rate, 12)),
         "augment": config.augment or {"image": "flip", "text": "none"}[kind],
     }
     if kind == "text" and found["augment"] != "none":

@@ -7,7 +7,8 @@ that asks for it (``auto_map``) is refused even where a class of that name is bu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from frostline.tasks.image import ImagePreparation
 from frostline.tasks.imports import need
 from frostline.tasks.pooled import MeanPooledClassifier
 from frostline.tasks.text import TextPreparation
-from frostline.tasks.weights import covering_glob, load_into, read_weights
+from frostline.tasks.weights import read_weights
 
 __all__ = ["HEAD_FILE", "build", "quiet", "rebuild"]
 
+_log = logging.getLogger(__name__)
 HEAD_FILE = "head.safetensors"
 LONGEST_TOKENS = 512  # default cap: attention is quadratic in the length
 _AUTO = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
@@ -49,7 +51,7 @@ def build(name: str, *, config: RunConfig, labels: tuple[str, ...], kind: Kind) 
     spec: dict[str, Any] = {"source": "hf", "name": name, "kind": kind, "pooling": pooling}
     if isinstance(preparation, TextPreparation):
         spec["max_length"] = preparation.max_length
-    return Built(model, preparation, spec, _head(model), fresh)
+    return Built(model, preparation, spec, _head(spec), fresh)
 
 
 def rebuild(spec: Mapping[str, Any], folder: Path, labels: tuple[str, ...]) -> Built:
@@ -72,7 +74,7 @@ def rebuild(spec: Mapping[str, Any], folder: Path, labels: tuple[str, ...]) -> B
             if fresh:
                 found = f"no values for {', '.join(fresh[:3])}"
                 raise ModelError(f"load the model in {folder}", found=found, fix="save it again")
-    return Built(model, preparation, spec, _head(model))
+    return Built(model, preparation, spec, _head(spec))
 
 
 def _settings(transformers: Any, name: str, labels: tuple[str, ...]) -> Any:
@@ -170,55 +172,69 @@ class _ProcessorTransform:
 def _model(
     transformers: Any, name: str, config: RunConfig, settings: Any, kind: Kind, pooling: str
 ) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, and the names of the tensors that start from random values."""
     auto = "AutoModel" if pooling == "mean" else _AUTO[kind]
+    if config.weights == "random":
+        model = getattr(transformers, auto).from_config(settings)
+        whole = _pooled(model, settings) if pooling == "mean" else model
+        return whole, tuple(n for n, _ in whole.named_parameters())
     if config.weights == "pretrained":
         model, fresh = _from_pretrained(transformers, auto, name, settings)
-        if pooling == "mean":
-            _refuse_half_loaded(name, fresh)
-            return _pooled(model, settings), ("classifier.bias", "classifier.weight")
-        _refuse_half_loaded(
-            name,
-            [
-                f
-                for f in fresh
-                if f.startswith(model.base_model_prefix + ".") and ".pooler." not in f
-            ],
+    else:
+        tensors = read_weights(Path(config.weights))
+        model, fresh = _from_tensors(transformers, auto, tensors, settings)
+    inside = fresh if pooling == "mean" else _inside_backbone(fresh, model)
+    if missing := [n for n in inside if "pooler." not in n]:
+        raise ModelError(
+            f"load the weights of hf:{name} ({config.weights})",
+            found=f"no fitting values for {len(missing)} tensors of the backbone, "
+            f"first {missing[0]!r}",
+            fix="weights of this very architecture, or weights: random",
         )
-        return model, fresh
-    model = getattr(transformers, auto).from_config(settings)
-    whole = _pooled(model, settings) if pooling == "mean" else model
-    if config.weights == "random":
-        return whole, tuple(n for n, _ in whole.named_parameters())
-    tensors = _renamed(read_weights(Path(config.weights)), whole)
-    return whole, load_into(whole, tensors, head=_head(whole), source=str(config.weights))
+    if pooling == "mean":
+        return _pooled(model, settings), ("classifier.bias", "classifier.weight")
+    if inside:
+        _log.warning(
+            "%s start from random values inside the backbone: what freezes the backbone freezes "
+            "them; pooling: mean does without",
+            ", ".join(inside),
+        )
+    return model, fresh
+
+
+def _inside_backbone(names: Sequence[str], model: Any) -> list[str]:
+    return [n for n in names if n.startswith(f"{model.base_model_prefix}.")]
+
+
+def _from_tensors(
+    transformers: Any, auto: str, tensors: Mapping[str, Tensor], settings: Any
+) -> tuple[Any, tuple[str, ...]]:
+    # Through the library: names on disk and in memory differ in many architectures.
+    kind = type(getattr(transformers, auto).from_config(settings))
+    return _loaded(kind, None, settings, state_dict=dict(tensors))
 
 
 def _from_pretrained(
     transformers: Any, auto: str, name: str, settings: Any
 ) -> tuple[Any, tuple[str, ...]]:
-    """A model and the names of its tensors that the files do not hold in this shape."""
-    model, info = getattr(transformers, auto).from_pretrained(
+    return _loaded(getattr(transformers, auto), name, settings, trust_remote_code=False)
+
+
+def _loaded(
+    kind: Any, name: str | None, settings: Any, **source: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """A model and the names of its tensors for which there were no values of this shape."""
+    model, info = kind.from_pretrained(
         name,
         config=settings,
-        trust_remote_code=False,
         use_safetensors=True,
         dtype="float32",
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **source,
     )
     misshapen = [entry[0] for entry in info["mismatched_keys"]]
     return model, tuple(sorted({*info["missing_keys"], *misshapen}))
-
-
-def _refuse_half_loaded(name: str, missing: Any) -> None:
-    missing = [m for m in missing if not m.startswith("pooler.")]
-    if missing:
-        raise ModelError(
-            f"load the weights of hf:{name}",
-            found=f"no fitting values for {len(missing)} tensors of the backbone, "
-            f"first {missing[0]!r}",
-            fix="weights of this very architecture, or weights: random",
-        )
 
 
 def _pooled(backbone: Any, settings: Any) -> MeanPooledClassifier:
@@ -229,15 +245,6 @@ def _pooled(backbone: Any, settings: Any) -> MeanPooledClassifier:
     return MeanPooledClassifier(
         backbone, settings.num_labels, dropout=0.1 if dropout is None else dropout
     )
-
-
-def _renamed(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the bare backbone under the names they have inside the classifier."""
-    prefix = "backbone" if isinstance(model, MeanPooledClassifier) else str(model.base_model_prefix)
-    own = model.state_dict()
-    moved = {f"{prefix}.{n}" if f"{prefix}.{n}" in own else n: t for n, t in tensors.items()}
-    pooler = ("pooler.", f"{prefix}.pooler.")
-    return {n: t for n, t in moved.items() if n in own or not n.startswith(pooler)}
 
 
 def _declared_pooling(name: str) -> str:
@@ -260,14 +267,9 @@ def _agree_on_padding(model: nn.Module, tokenizer: Any) -> None:
         settings.pad_token_id = tokenizer.pad_token_id
 
 
-def _head(model: nn.Module) -> str | None:
-    """A glob of the modules with parameters outside the backbone."""
-    if isinstance(model, MeanPooledClassifier):
-        return "classifier"
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    outside = [n for n, m in model.named_children() if n != prefix and any(m.parameters())]
-    children = [n for n, _ in model.named_children()]
-    return (covering_glob(outside, children) or outside[-1]) if outside else None
+def _head(spec: Mapping[str, Any]) -> str | None:
+    # Elsewhere all that lies outside the base model, which layer groups know by themselves.
+    return "classifier" if spec["pooling"] == "mean" else None
 
 
 @contextmanager

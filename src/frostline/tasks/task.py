@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.tracing import leave_untouched, run_model
+from frostline.errors import ModelError
 from frostline.tasks.built import Preparation
 from frostline.tasks.config import RunConfig, resolve_config
 from frostline.tasks.data import read_data
@@ -252,6 +253,13 @@ def _counted(names: Sequence[str], *, shown: int = 10) -> dict[str, Any]:
 def _try_out(task: Task) -> None:
     """Run two samples through the model: better now than after an hour of preparation."""
     example = task.example()
-    with leave_untouched(task.model):
-        out = run_model(task.model, example.args, example.kwargs)
+    try:
+        with leave_untouched(task.model):
+            out = run_model(task.model, example.args, example.kwargs)
+    except ModelError as error:
+        raise ModelError(
+            f"run {task.config.model} on its training samples",
+            found=error.found,
+            fix="settings that suit the model (image_size, max_length), or another model",
+        ) from error
     as_logits(out, classes=len(task.labels))
