@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ def count_calls(work: Callable[[], object]) -> int:
 
 def run_killed(work: Callable[[], object], at: int) -> bool:
     """Run `work` in a forked process that dies at call `at`; whether it died there."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child starts no thread
+        pid = os.fork()
     if pid == 0:
         code = 1
         try:
