@@ -1,0 +1,108 @@
+"""Progress: lines away from a terminal, a bar on one, both escaped; time left from the pace."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from frostline.cli import progress
+
+START = {
+    "kind": "start",
+    "path": "runs/\x1b[31mx",
+    "resumed": False,
+    "step": 0,
+    "total_steps": 10,
+    "epochs": 2,
+    "plan": "frozen 1 of 2 groups",
+}
+
+
+def _step(step: int) -> dict:
+    return {"kind": "step", "step": step, "total_steps": 10, "epoch": 1, "loss": 0.5, "lr": 0.1}
+
+
+def _epoch(epoch: int, *, better: bool) -> dict:
+    metrics = {"train_loss": 0.25, "val_loss": 0.5, "val_accuracy": 0.875}
+    return {
+        "kind": "epoch",
+        "epoch": epoch,
+        "step": 5 * epoch,
+        "metrics": metrics,
+        "better": better,
+        "costs": {},
+    }
+
+
+DECISION = {"kind": "decision", "step": 5, "plan": "frozen 0 of 2 groups", "reason": "time"}
+EVENTS = (START, _step(1), _epoch(1, better=True), DECISION, _epoch(2, better=False))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _shown(stream: io.StringIO, *, quiet: bool = False) -> str:
+    with progress.follow(stream, title="gr\x1badual", quiet=quiet) as on_event:
+        for event in EVENTS:
+            on_event(event)
+    return stream.getvalue()
+
+
+def test_lines_away_from_a_terminal():
+    lines = _shown(io.StringIO()).splitlines()
+    assert lines[0] == r"run folder runs/\x1b[31mx"
+    assert lines[1] == "frozen 1 of 2 groups"
+    expected = "epoch 1/2, train loss 0.2500, val loss 0.5000, val accuracy 87.5 %, best so far"
+    assert lines[2].startswith(expected)
+    assert lines[3] == "step 5: frozen 0 of 2 groups"
+    assert "best so far" not in lines[4]
+    assert len(lines) == 5
+
+
+def test_quiet_shows_nothing():
+    assert _shown(io.StringIO(), quiet=True) == ""
+
+
+def test_a_terminal_gets_the_lines_and_a_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = _shown(Terminal())
+    assert "update 1/10" in shown
+    assert r"runs/\x1b[31mx" in shown  # the name, escaped; the bar's own sequences are real
+    assert r"gr\x1badual" in shown
+
+
+def test_no_colour_is_obeyed(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    import re
+
+    colours = re.findall(r"\x1b\[([0-9;]*)m", _shown(Terminal()))
+    assert not [c for c in colours if any(30 <= int(n) <= 107 for n in c.split(";") if n)]
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\x1b[" not in _shown(Terminal()).replace(r"\x1b", "")
+
+
+def test_resume_is_said():
+    stream = io.StringIO()
+    with progress.follow(stream) as on_event:
+        on_event(START | {"resumed": True, "step": 7})
+    assert "going on in" in stream.getvalue()
+    assert "after update 7" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("step", "seconds", "text"),
+    [(0, 5.0, ""), (2, 4.0, "about 16.0 s left"), (10, 20.0, "nearly done")],
+)
+def test_time_left_follows_the_pace_of_this_session(step, seconds, text):
+    now = iter((100.0, 100.0 + seconds))
+    pace = progress._Pace(clock=lambda: next(now))
+    pace.start(20)
+    assert pace.left_text(20 + step, 30) == text

@@ -1,0 +1,72 @@
+"""The code in the documentation runs, and the commands in it parse."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from frostline.cli.app import app
+from frostline.cli.flags import overrides
+from frostline.registry import make_policy
+from frostline.tasks.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    return [code for kind, code in _BLOCK.findall(page.read_text("utf-8")) if kind == language]
+
+
+def _commands() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for block in _blocks(page, "shell"):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("frostline "):
+                    yield page.name, line
+
+
+def test_the_pages_hold_examples():
+    assert len(list(_commands())) >= 10
+
+
+@pytest.mark.parametrize(("page", "line"), list(_commands()))
+def test_every_command_parses(page, line):
+    tokens = shlex.split(line.partition("  #")[0])[1:]
+    if "--help" in tokens or "--version" in tokens:
+        return
+    command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    if command.__name__ != "fit":
+        return
+    given = {k: v for k, v in bound.arguments.items() if k in _settings(command)}
+    if "config" in bound.arguments:
+        return  # the file of the example is not here
+    config = load_config(None, overrides({k: v for k, v in given.items() if v is not None}))
+    make_policy(config.policy)
+
+
+def _settings(command: object) -> set[str]:
+    from frostline.tasks.config import RunConfig
+
+    return set(inspect.signature(command).parameters) & set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_to_a_file_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_guide_runs_from_top_to_bottom():
+    names: dict = {}
+    for code in _blocks(ROOT / "docs/guide.md", "python"):
+        exec(code, names)  # noqa: S102  our own page
+    assert len(names["certificate"].holds) > 0
+    assert names["found"] == {"epoch": 3}
