@@ -86,6 +86,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _string(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Line breaks of Unicode's own get lost outside double quotes.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
     if len(text) > 40:
@@ -97,6 +103,7 @@ for _tag, _pattern, _first in _RULES:
     for _class in (_Loader, _Dumper):
         starts = [*_first, ""] if _tag.endswith("null") else list(_first)
         _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), starts)
+_Dumper.add_representer(str, _string)
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
