@@ -15,7 +15,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 class Block(nn.Module):
-    """Batch norm, linear, ReLU, dropout; each parameter has a gradient that is not zero."""
+    """Batch norm, linear, GELU, dropout; each parameter has a gradient that is not zero."""
 
     def __init__(self, wide_in: int, wide_out: int, dropout: float = 0.2) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(torch.relu(self.fc(self.norm(x))))
+        return self.drop(nn.functional.gelu(self.fc(self.norm(x))))
 
 
 class Net(nn.Module):

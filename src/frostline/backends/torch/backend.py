@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frostline.backends.torch.digest import TensorTable, WriteWatch, sha256_of_tensors
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.explain import explain_plan, recorded_groups
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import HeldModes
 from frostline.backends.torch.optimizer import (
@@ -120,7 +122,8 @@ class TorchBackend:
         self._apply_to_optimizer(scales)
         self._watch = WriteWatch(TensorTable(self._root), plan.held_tensors(self._groups))
         record_plan(self._root, (self._groups, plan))
-        _log.debug("%s", self.explain(plan))
+        if any(g.name in plan.frozen for g in self._groups[plan.frontier(self._groups) :]):
+            _log.info("%s", self.explain(plan))
 
     def hold(self) -> tuple[str, ...]:
         """Restore what outsiders changed of the plan; names of what had moved."""
@@ -154,32 +157,24 @@ class TorchBackend:
         """A side-effect-free view for signals."""
         return TorchProbe(self._parameters)
 
-    def explain(self, plan: FreezePlan) -> str:
-        """One sentence on what the plan saves, naming the parameter that limits the saving.
+    def explain(self, plan: FreezePlan, example: Example | None = None) -> str:
+        """How far backward runs under a plan and which parameter makes it so, in a sentence.
 
-        Example:
-            "bias of stem trains (64 values): backward runs through all 18 groups, 17 of them
-            frozen".
+        With an example, the model runs once as it is now (apply the plan first), and frozen groups
+        that record a graph although nothing before them trains are named as well.
         """
-        shallowest = next(
-            (g for g in self._groups if any(self._trains(plan, p.name) for p in g.parameters)),
-            None,
-        )
-        if shallowest is None:
-            return "no parameter trains: there is no backward pass"
-        total = len(self._groups)
-        behind = [g for g in self._groups[shallowest.depth :] if g.name in plan.frozen]
-        reach = f"{total - shallowest.depth} of {total}" if shallowest.depth else f"all {total}"
-        if not behind:
-            return (
-                f"backward runs through {reach} groups; the {shallowest.depth} groups before "
-                f"{shallowest.name} record no graph"
-            )
-        names = [p.name for p in shallowest.parameters if self._trains(plan, p.name)]
-        count = sum(p.count for p in shallowest.parameters if p.name in names)
+        text = explain_plan(self._groups, plan, fixed=self._never())
+        if example is None:
+            return text
+        recorded = recorded_groups(self._root, self._groups, example)
+        wasted = [
+            name for name in recorded if self._groups[name].depth < plan.frontier(self._groups)
+        ]
+        if not wasted:
+            return text
         return (
-            f"{_few(names)} of {shallowest.name} trains ({count:,} values): backward runs through "
-            f"{reach} groups, {len(behind)} of them frozen"
+            f"{text}; an input or activation requires grad: {len(wasted)} frozen groups from "
+            f"{wasted[0]} on record a graph and backward runs through them too"
         )
 
     # -- inside ------------------------------------------------------------------------------
@@ -187,10 +182,8 @@ class TorchBackend:
     def _able(self, name: str, p: Tensor) -> bool:
         return name not in self._fixed and can_train(p)
 
-    def _trains(self, plan: FreezePlan, name: str) -> bool:
-        group = self._groups.of_parameter(name)
-        spared = name in plan.exempt.get(group.name, ()) or group.name not in plan.frozen
-        return spared and self._able(name, self._parameters[name])
+    def _never(self) -> frozenset[str]:
+        return frozenset(n for n, p in self._parameters.items() if not self._able(n, p))
 
     def _scales(self, plan: FreezePlan, trained: Mapping[str, Tensor]) -> list:
         if self._optimizer is None:
