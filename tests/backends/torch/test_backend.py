@@ -299,9 +299,11 @@ def test_an_input_that_requires_grad_is_found_with_the_number() -> None:
     still = Example((batch(0)[0],))
     assert "requires grad" not in backend.explain(wanted, still)
     asking = Example((batch(0)[0].requires_grad_(),))
-    assert "3 frozen groups from blocks.0 on record a graph" in backend.explain(wanted, asking)
+    assert "3 of the frozen groups, from blocks.0 on, record a graph" in backend.explain(
+        wanted, asking
+    )
     handle = model.blocks[1].register_forward_hook(lambda m, a, out: out.requires_grad_())
-    assert "2 frozen groups from blocks.1 on" in backend.explain(wanted, still)
+    assert "2 of the frozen groups, from blocks.1 on" in backend.explain(wanted, still)
     handle.remove()
     assert model_bits(model) == before
     assert model.training

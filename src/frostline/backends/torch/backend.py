@@ -173,8 +173,8 @@ class TorchBackend:
         if not wasted:
             return text
         return (
-            f"{text}; an input or activation requires grad: {len(wasted)} frozen groups from "
-            f"{wasted[0]} on record a graph and backward runs through them too"
+            f"{text}; but an input or activation requires grad, so that {len(wasted)} of the "
+            f"frozen groups, from {wasted[0]} on, record a graph and backward runs through them too"
         )
 
     # -- inside ------------------------------------------------------------------------------

@@ -90,8 +90,9 @@ def recorded_groups(model: nn.Module, groups: LayerGroups, example: Example) -> 
 
 def _noter(group: LayerGroup, found: set[str]) -> Callable[..., None]:
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        del module, args
-        if any(t.requires_grad for t in tensors_in(output)):
+        # Inputs too: reentrant checkpointing runs its blocks without grad and re-runs them later.
+        del module
+        if any(t.requires_grad for t in tensors_in((args, output))):
             found.add(group.name)
 
     return note
