@@ -47,7 +47,7 @@ def predicted_step_s(
     """
     frontier = plan.frontier(groups)
     forward = sum(
-        _cost(g).forward_s for g in groups if not (frozen_prefix_cached and g.depth < frontier)
+        _forward_s(g, plan) for g in groups if not (frozen_prefix_cached and g.depth < frontier)
     )
     update = sum(_cost(g).optimizer_s * _trained(g, plan) for g in groups)
     return forward + _backward_s(groups, plan) + update
@@ -141,6 +141,13 @@ def group_reports(groups: LayerGroups) -> tuple[GroupReport, ...]:
             )
         )
     return tuple(reports)
+
+
+def _forward_s(group: LayerGroup, plan: FreezePlan) -> float:
+    cost = _cost(group)
+    if group.name in plan.frozen and cost.frozen_forward_s is not None:
+        return cost.frozen_forward_s
+    return cost.forward_s
 
 
 def _backward_s(groups: LayerGroups, plan: FreezePlan) -> float:

@@ -70,6 +70,8 @@ class GroupCost:
         weight_grad_s: seconds for the gradients of the group's own parameters.
         optimizer_s: seconds to update the group's parameters.
         activation_bytes: bytes kept from forward for backward when the whole group trains.
+        frozen_forward_s: seconds in the forward pass while the group is frozen (nothing recorded,
+            normalisation and dropout in evaluation mode); None where it was not measured.
     """
 
     forward_s: float = 0.0
@@ -77,6 +79,7 @@ class GroupCost:
     weight_grad_s: float = 0.0
     optimizer_s: float = 0.0
     activation_bytes: int = 0
+    frozen_forward_s: float | None = None
 
     @property
     def backward_s(self) -> float:

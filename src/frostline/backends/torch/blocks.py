@@ -52,17 +52,24 @@ class Unit:
     repeats: bool = False
 
 
-def divide(model: nn.Module, trace: Trace, whole: frozenset[str] = frozenset()) -> list[Unit]:
+def divide(
+    model: nn.Module,
+    trace: Trace,
+    *,
+    whole: frozenset[str] = frozenset(),
+    apart: frozenset[str] = frozenset(),
+) -> list[Unit]:
     """The units of a model, in definition order.
 
     Args:
         model: any module.
         trace: one forward pass of it.
         whole: names of modules or parameters that must be units of their own.
+        apart: names of those that must not share a unit with anything outside them.
     """
     split: frozenset[str] = frozenset()
     while True:
-        divider = _Divider(model, trace, whole, split)
+        divider = _Divider(model, trace, whole, apart, split)
         units = list(divider.units(model))
         if sum(u.starts for u in units) >= FEWEST_BLOCKS:
             return units
@@ -113,11 +120,17 @@ _NORMS = (
 
 class _Divider:
     def __init__(
-        self, model: nn.Module, trace: Trace, whole: frozenset[str], split: frozenset[str]
+        self,
+        model: nn.Module,
+        trace: Trace,
+        whole: frozenset[str],
+        apart: frozenset[str],
+        split: frozenset[str],
     ) -> None:
         self._root = model
         self._trace = trace
         self._whole = whole
+        self._apart = apart
         self._split = split
         self._names = {id(m): name for name, m in model.named_modules()}
         self._weights = _layers_below(model)
@@ -167,13 +180,16 @@ class _Divider:
     def _must_divide(self, module: nn.Module) -> bool:
         name = self._names[id(module)]
         prefix = f"{name}." if name else ""
-        return name in self._split or any(w.startswith(prefix) for w in self._whole - {name})
+        inner = (self._whole | self._apart) - {name}
+        return name in self._split or any(other.startswith(prefix) for other in inner)
 
     def _divides(self, module: nn.Module, *, repeats: bool) -> bool:
         if self._names[id(module)] in self._trace.looped:
             return False
         if module is self._root:
             return not _is_layer(module) or self._holds_run(module)
+        if _is_plain(module) and self._is_single_block(module):
+            return True
         if repeats or _is_layer(module):
             return self._holds_run(module)
         if isinstance(module, _CONTAINERS):
@@ -204,6 +220,15 @@ class _Divider:
             for kind, peers in self._peers(module).items()
             if (same := [p for p in peers if self._weights[id(p)] > 1 and not _is_plain(p)])
         }
+
+    def _is_single_block(self, module: nn.Module) -> bool:
+        """Whether a container holds one block and nothing else with weights."""
+        same = list(self._blocks(module).values())
+        return (
+            len(same) == 1
+            and len(same[0]) == 1
+            and self._weights[id(same[0][0])] == self._weights[id(module)]
+        )
 
     def _holds_run(self, module: nn.Module) -> bool:
         if id(module) not in self._runs:

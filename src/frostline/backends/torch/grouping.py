@@ -71,7 +71,7 @@ def layer_groups(
     wanted_head = _matching(model, head) if head else frozenset()
     example = example if example is not None else example_batch(model)
     trace = trace_model(model, example.args, example.kwargs)
-    units = divide(model, trace, _outermost(wanted | wanted_head))
+    units = divide(model, trace, whole=_outermost(wanted), apart=_outermost(wanted_head))
     return _Assembly(model, trace, units, wanted_head).groups()
 
 
@@ -104,7 +104,7 @@ class _Assembly:
     def groups(self) -> LayerGroups:
         """The finished groups."""
         drafts = self._run_drafts()
-        if not self.head_parameters:
+        if drafts and not self.head_parameters:
             drafts[-1].in_head = True
         self._place_unrun(drafts)
         names = [d.main.name or type_name(self.model) for d in drafts]

@@ -80,8 +80,9 @@ def measure_costs(
             keep(parameter)
         bench = _Bench(model, groups, example, _clock_of(model))
         bench.settle_mode()
-        forward, full, through = bench.times(max(1, repeats))
         sizes = bench.activation_bytes()
+        forward, full, through = bench.training_times(max(1, repeats))
+        frozen = bench.frozen_forward_times(max(1, repeats))
         update = bench.update_times(max(1, repeats))
     costs = {
         g.name: GroupCost(
@@ -90,6 +91,7 @@ def measure_costs(
             weight_grad_s=max(0.0, full.get(g.name, 0.0) - through.get(g.name, 0.0)),
             optimizer_s=update[g.name],
             activation_bytes=sizes.get(g.name, 0),
+            frozen_forward_s=frozen.get(g.name, 0.0),
         )
         for g in groups
     }
@@ -228,8 +230,7 @@ class _Bench:
         """Training mode, or evaluation mode where the model cannot train on this batch."""
         self._train(self._groups.names)
         for training in (True, False):
-            for module in self._model.modules():
-                module.training = training
+            self._set_mode(training=training)
             try:
                 return self._gradients(self._forward())
             except ModelError:
@@ -237,7 +238,12 @@ class _Bench:
                     raise
         return None
 
-    def times(self, repeats: int) -> tuple[Seconds, Seconds, Seconds]:
+    def _set_mode(self, *, training: bool) -> None:
+        # One by one: `train()` is overridden in models that merge weights in it.
+        for module in self._model.modules():
+            module.training = training
+
+    def training_times(self, repeats: int) -> tuple[Seconds, Seconds, Seconds]:
         """Seconds by group: forward, full backward, and carrying the gradient through only."""
         sources = self._sources()
         forward, full = self._passes(self._groups.names, repeats)
@@ -266,6 +272,26 @@ class _Bench:
             output = self._call(args, kwargs)
         del output
         return sizes
+
+    def frozen_forward_times(self, repeats: int) -> Seconds:
+        """Seconds by group of a forward pass in evaluation mode that records nothing.
+
+        Leaves the model in evaluation mode.
+        """
+        self._set_mode(training=False)
+        marked, plain = [], []
+        for _ in range(repeats):
+            args, kwargs = self._batch()
+            start = self._clock.now()
+            self._call(args, kwargs, record=False)
+            plain.append(self._clock.seconds(start, self._clock.now()))
+            args, kwargs = self._batch()
+            timeline = _Timeline(self._clock, self._first)
+            walk = _Walk(self._owners, self._first, timeline.mark, lambda *_: None)
+            with walk.following():
+                self._call(args, kwargs, record=False)
+            marked.append(timeline.close())
+        return _scaled(_least(marked), min(plain))
 
     def update_times(self, repeats: int) -> Seconds:
         """Seconds by group for one AdamW update, on copies of the parameters."""
@@ -318,9 +344,9 @@ class _Bench:
         args, kwargs = self._batch()
         return _loss(self._call(args, kwargs), self._model)
 
-    def _call(self, args: Any, kwargs: Any) -> Any:
+    def _call(self, args: Any, kwargs: Any, *, record: bool = True) -> Any:
         try:
-            with torch.enable_grad():
+            with torch.set_grad_enabled(record):
                 return self._model(*args, **kwargs)
         except Exception as error:
             raise ModelError(
