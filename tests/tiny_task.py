@@ -15,6 +15,7 @@ SIDE = 8
 
 def preprocess(picture: Image.Image) -> Tensor:
     """(3, 8, 8), roughly centred."""
+    picture = picture.resize((SIDE, SIDE))  # augmentation cuts pieces out
     pixels = torch.tensor(list(picture.tobytes()), dtype=torch.float32)
     return pixels.reshape(SIDE, SIDE, 3).permute(2, 0, 1) / 128 - 1
 
@@ -36,6 +37,13 @@ def tiny_model(num_classes: int) -> tuple[nn.Module, object]:
         ),
     )
     return model, preprocess
+
+
+def deep_linear_model(num_classes: int) -> tuple[nn.Module, object]:
+    """No normalisation: a large learning rate throws its weights to infinity."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 16), nn.Linear(16, 16), nn.Linear(16, num_classes)
+    ), preprocess
 
 
 def _pictures(count: int, seed: int) -> list[tuple[Image.Image, str]]:

@@ -247,15 +247,15 @@ def _move_aside(folder: RunFolder) -> None:
 def _locked(folder: RunFolder) -> Iterator[None]:
     """Hold the folder's lock; the kernel frees it however this process ends."""
     lock = filelock.FileLock(folder.lock, thread_local=False, fallback_to_soft=False)
-    try:
-        with _io.storage_errors(f"lock {folder.path}"):
+    with _io.storage_errors(f"lock {folder.path}"):
+        try:
             lock.acquire(timeout=0 if _holder_lives(folder) else _ORPHANS_S)
-    except filelock.Timeout as error:
-        raise StorageError(
-            f"run in {folder.path}",
-            found=f"another process runs there: {_holder(folder)}",
-            fix="wait for it to end, stop it, or choose another output folder",
-        ) from error
+        except filelock.Timeout as error:  # an OSError, too
+            raise StorageError(
+                f"run in {folder.path}",
+                found=f"another process runs there: {_holder(folder)}",
+                fix="wait for it to end, stop it, or choose another output folder",
+            ) from error
     try:
         with _io.storage_errors(f"lock {folder.path}"):
             folder.lock.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
