@@ -16,7 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from frostline.backends.torch.example import Example, example_batch
 from frostline.backends.torch.tracing import (
@@ -165,9 +166,13 @@ class _Timeline:
 
 @dataclass
 class _Walk:
-    """Which group is running, followed by module hooks during one forward pass."""
+    """Which group is running, followed by module hooks during one forward pass.
+
+    Groups without modules (weights used by functions) are followed by the use of their weights.
+    """
 
     owners: Mapping[int, str]
+    loose: Mapping[int, str]
     current: str
     on_change: Callable[[str], None]
     on_output: Callable[[Tensor, str], None]
@@ -197,14 +202,39 @@ class _Walk:
             register_module_forward_hook(leave, always_call=True),
         )
         try:
-            yield
+            with _WatchedWeights(self) if self.loose else nullcontext():
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def run_function(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a function of PyTorch, in the group of the loose weight it uses, if any."""
+        read = list(tensors_in((args, kwargs)))
+        owner = next((self.loose[id(t)] for t in read if id(t) in self.loose), None)
+        if owner is None:
+            return func(*args, **kwargs)
+        for tensor in read:
+            self.on_output(tensor, self.current)
+        self._switch(owner)
+        result = func(*args, **kwargs)
+        for tensor in tensors_in(result):
+            self.on_output(tensor, owner)
+        return result
+
     def _switch(self, group: str) -> None:
         self.current = group
         self.on_change(group)
+
+
+class _WatchedWeights(TorchFunctionMode):
+    def __init__(self, walk: _Walk) -> None:
+        super().__init__()
+        self._walk = walk
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass the call on through the walk."""
+        return self._walk.run_function(func, args, kwargs or {})
 
 
 class _Bench:
@@ -224,6 +254,9 @@ class _Bench:
         self._parameters = {
             g.name: [q for p in g.parameters if (q := parameters[p.name]).is_floating_point()]
             for g in groups
+        }
+        self._loose = {
+            id(p): g.name for g in groups if not g.modules for p in self._parameters[g.name]
         }
 
     def settle_mode(self) -> None:
@@ -258,7 +291,7 @@ class _Bench:
         known |= {_address(t) for t in tensors_in((args, kwargs))}
         sizes: dict[str, int] = {}
         kept: list[Tensor] = []  # held, so that no address is used twice
-        walk = _Walk(self._owners, self._first, lambda _: None, lambda *_: None)
+        walk = self._walk(lambda _: None, lambda *_: None)
 
         def pack(tensor: Tensor) -> int:
             kept.append(tensor.detach())
@@ -287,7 +320,7 @@ class _Bench:
             plain.append(self._clock.seconds(start, self._clock.now()))
             args, kwargs = self._batch()
             timeline = _Timeline(self._clock, self._first)
-            walk = _Walk(self._owners, self._first, timeline.mark, lambda *_: None)
+            walk = self._walk(timeline.mark, lambda *_: None)
             with walk.following():
                 self._call(args, kwargs, record=False)
             marked.append(timeline.close())
@@ -327,7 +360,7 @@ class _Bench:
         args, kwargs = self._batch()
         made_by: dict[Node, str] = {}
         timeline = _Timeline(self._clock, self._first)
-        walk = _Walk(self._owners, self._first, timeline.mark, _note_maker(made_by))
+        walk = self._walk(timeline.mark, _note_maker(made_by))
         with walk.following():
             loss = _loss(self._call(args, kwargs), self._model)
         forward = timeline.close()
@@ -339,6 +372,11 @@ class _Bench:
         for hook in hooks:
             hook.remove()
         return forward, backward
+
+    def _walk(
+        self, on_change: Callable[[str], None], on_output: Callable[[Tensor, str], None]
+    ) -> _Walk:
+        return _Walk(self._owners, self._loose, self._first, on_change, on_output)
 
     def _forward(self) -> Tensor:
         args, kwargs = self._batch()
@@ -382,7 +420,7 @@ class _Bench:
         self._train(self._groups.names)
         owner = {id(p): name for name, ps in self._parameters.items() for p in ps}
         made_by: dict[Node, str] = {}
-        walk = _Walk(self._owners, self._first, lambda _: None, _note_maker(made_by))
+        walk = self._walk(lambda _: None, _note_maker(made_by))
         with walk.following():
             loss = self._forward()
         nodes = self._nodes(loss, made_by, walk.current)
@@ -394,7 +432,9 @@ class _Bench:
             below = (reached[n] for n, _ in node.next_functions if n is not None)
             reached[node] = own.union(*below)
             fed_by[nodes[node]] = fed_by.get(nodes[node], frozenset()) | reached[node]
-        return frozenset(name for name, feeding in fed_by.items() if feeding <= {name})
+        # Where a tied weight closes a circle, the shallowest group is still the first one.
+        shallowest = next(g.name for g in self._groups if g.name in reached[next(iter(nodes))])
+        return frozenset({shallowest, *(n for n, feeding in fed_by.items() if feeding <= {n})})
 
 
 def _own(owner: Mapping[int, str], variable: Tensor | None) -> frozenset[str]:
