@@ -125,3 +125,22 @@ def raises(num_classes: int) -> nn.Module:
 def wrong_shape(num_classes: int) -> nn.Module:
     """A model whose output is no score per class."""
     return nn.Conv2d(3, num_classes, 1)
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.fc = nn.Linear(3, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.second(F.relu(self.first(x.mean(dim=(2, 3))))))
+
+
+def tied(num_classes: int) -> Tied:
+    """A picture classifier with tied weights."""
+    return Tied(num_classes)

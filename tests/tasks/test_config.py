@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frostline.errors import ConfigError
@@ -54,6 +54,7 @@ configs = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(configs)
 def test_a_dumped_configuration_loads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, config: RunConfig
@@ -71,6 +72,7 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=10), json_values, max_size=5))
 def test_what_is_written_reads_back_equal(values: dict) -> None:
     assert strict_yaml.parse(strict_yaml.dump(values), source="x").values == values

@@ -89,13 +89,9 @@ def read_data(config: RunConfig) -> Data:
         ('text', ('good', 'poor'), 14)
     """
     kind, found = _read(config)
-    if not found["all" if "all" in found else "train"].labels:
-        raise DataError(
-            f"learn from {config.data}", found="no usable row to train on", fix="add samples"
-        )
+    labels = _labels(found["all" if "all" in found else "train"], config.data)
     origin = dict.fromkeys(found, "data")
     splits = _complete(found, config, origin)
-    labels = _labels(splits["train"], config.data)
     _check_classes(splits, labels)
     repeats = _repeats(splits)
     for pair, count in repeats.items():
@@ -165,6 +161,10 @@ def _complete(
 
 def _labels(rows: Rows, source: str) -> tuple[str, ...]:
     names = set(rows.labels)
+    if not names:
+        raise DataError(
+            f"learn from {source}", found="no usable row to train on", fix="add samples"
+        )
     if len(names) < 2:
         raise DataError(
             f"learn classes from {source}",

@@ -41,6 +41,10 @@ def build(name: str, *, config: RunConfig, labels: tuple[str, ...], kind: Kind) 
             that cannot classify this kind of data.
     """
     transformers = need("transformers", extra="text")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ModelError(
+            f"build hf:{name}", found="no such folder", fix="one that save_pretrained wrote"
+        )
     pooling = "model" if kind == "image" else config.pooling or _declared_pooling(name)
     with quiet(transformers), hub.translated(f"build hf:{name}"):
         settings = _settings(transformers, name, labels)

@@ -111,5 +111,6 @@ def _head(model: nn.Module) -> str | None:
     found: Any = getattr(model, "pretrained_cfg", {}).get("classifier")
     if isinstance(found, tuple | list):  # distilled models have two heads
         names = [n for n, _ in model.named_modules() if n in found]
-        return covering_glob(names, [n for n, _ in model.named_children()]) if names else None
+        holding = dict.fromkeys(n.partition(".")[0] for n, _ in model.named_parameters())
+        return covering_glob(names, list(holding)) if names else None
     return found or None
