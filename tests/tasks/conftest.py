@@ -51,11 +51,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer() -> Any:
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]")
+    numbers = {word: i for i, word in enumerate(WORDS)}
+    words = tokenizers.models.WordLevel(numbers, unk_token=WORDS[1])
     built = tokenizers.Tokenizer(words)
     built.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=built, unk_token="[UNK]", pad_token="[PAD]", model_max_length=32
+        tokenizer_object=built, unk_token=WORDS[1], pad_token=WORDS[0], model_max_length=32
     )
 
 

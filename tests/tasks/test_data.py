@@ -67,7 +67,8 @@ def test_a_split_is_disjoint_complete_stratified_and_repeatable(
     assert sorted([*rest.inputs, *share.inputs]) == sorted(rows.inputs)
     assert not set(rest.inputs) & set(share.inputs)
     label = dict(zip(rows.inputs, rows.labels, strict=True))
-    assert all(label[x] == y for part in (rest, share) for x, y in zip(part.inputs, part.labels, strict=True))  # fmt: skip
+    for part in (rest, share):
+        assert [label[x] for x in part.inputs] == part.labels
     size = max(round(total * fraction), len(classes))
     assert len(share.labels) == size
     for name, count in classes.items():
@@ -245,7 +246,8 @@ def test_data_from_a_callable(name: str, kind: str, labels: tuple[str, ...]) -> 
     data = read(f"data_for_tests:{name}")
     assert (data.kind, data.labels) == (kind, labels)
     assert sum(data.notes["samples"].values()) == 40
-    assert data.notes["split_from"]["val"] == ("data" if name == "pil_splits" else "train, stratified, seed 0")  # fmt: skip
+    made = "train, stratified, seed 0"
+    assert data.notes["split_from"]["val"] == ("data" if name == "pil_splits" else made)
 
 
 def test_a_callable_in_the_current_directory(

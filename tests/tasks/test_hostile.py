@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from models_for_tests import tiny
 from PIL import Image
 
 from frostline.errors import ConfigError, DataError, FrostlineError, ModelError
@@ -25,6 +24,7 @@ from frostline.tasks.models import build_model
 from frostline.tasks.pictures import open_picture
 from frostline.tasks.task import load_task
 from frostline.tasks.weights import load_into, read_weights
+from models_for_tests import tiny
 
 
 def encoded(format_: str, *, size: tuple[int, int] = (40, 30)) -> bytes:

@@ -1,19 +1,15 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torchvision
-from models_for_tests import tiny
-from shared import shared
 from torch import nn
 
 from frostline.errors import MissingExtra, ModelError
@@ -22,6 +18,9 @@ from frostline.tasks.config import RunConfig
 from frostline.tasks.models import build_model, rebuild_model
 from frostline.tasks.seeding import seeded
 from frostline.tasks.weights import covering_glob, find_head, load_into
+from generators import generator_states
+from models_for_tests import tiny
+from shared import shared
 
 LABELS = ("a", "b", "c")
 
@@ -50,7 +49,8 @@ def test_a_model_has_one_output_per_label_and_knows_its_head(model: str, head: s
     built = build(model)
     assert built.head == head
     assert not built.model.training
-    assert built.model(torch.zeros(2, 3, 224, 224) if "vit" not in model else torch.zeros(2, 3, 160, 160)).shape == (2, 3)  # fmt: skip
+    size = 160 if model == "timm:test_vit" else 224
+    assert built.model(torch.zeros(2, 3, size, size)).shape == (2, 3)
     assert json.loads(json.dumps(built.spec)) == built.spec
 
 
@@ -67,21 +67,23 @@ def test_distilled_models_have_two_heads_under_one_glob() -> None:
 
 
 def test_the_seed_decides_fresh_weights_and_no_global_generator_moves() -> None:
-    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    states = generator_states()
     first, again, other = (build("timm:test_resnet", seed=s).model for s in (1, 1, 2))
     assert same(first, again)
     assert not same(first, other)
-    assert random.getstate() == states[0]
-    assert (np.random.get_state()[1] == states[1]).all()
-    assert torch.equal(torch.get_rng_state(), states[2])
+    assert generator_states() == states
 
 
 def test_seeded_restores_after_an_error() -> None:
-    before = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), seeded(3):
-        torch.rand(3)
-        raise ZeroDivisionError
-    assert torch.equal(torch.get_rng_state(), before)
+    def fails() -> None:
+        with seeded(3):
+            torch.rand(3)
+            raise ZeroDivisionError
+
+    before = generator_states()
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert generator_states() == before
 
 
 @pytest.mark.parametrize(

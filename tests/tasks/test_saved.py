@@ -166,7 +166,7 @@ def test_damaged_or_foreign_weights_are_one_error(saved: Path) -> None:
     with pytest.raises(ModelError):
         load_saved(saved)
     weights.write_bytes(whole.replace(b'"conv.bias"', b'"conv.bits"'))
-    with pytest.raises(ModelError, match="conv.bi"):
+    with pytest.raises(ModelError, match=r"conv\.bi"):
         load_saved(saved)
     weights.unlink()
     with pytest.raises(ModelError):

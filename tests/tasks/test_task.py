@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shared import shared
 
 from frostline.errors import ConfigError, ModelError
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.models import as_logits
 from frostline.tasks.task import Split, Task, balanced_weights, load_task
+from shared import shared
 
 
 def load(model: str, data: Path | str, **given: Any) -> Task:
@@ -121,7 +121,7 @@ def test_a_loader_gives_the_same_samples_whatever_the_number_of_workers(shades: 
 
 def test_splits_survive_pickling(shades: Task, moods: Task) -> None:
     for split in (shades.train, moods.val):
-        there = pickle.loads(pickle.dumps(split))
+        there = pickle.loads(pickle.dumps(split))  # noqa: S301  what a worker process receives
         assert there.labels == split.labels
         assert type(there[0, 1].inputs) is type(split[0, 1].inputs)
 
@@ -129,7 +129,8 @@ def test_splits_survive_pickling(shades: Task, moods: Task) -> None:
 def test_same_seed_same_task(pictures: Path) -> None:
     a, b = (load("models_for_tests:tiny", pictures, image_size=16, seed=4) for _ in "ab")
     assert list(a.train.inputs) == list(b.train.inputs)
-    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))  # fmt: skip
+    pairs = zip(a.model.parameters(), b.model.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
     assert torch.equal(a.train[0, 9].inputs, b.train[0, 9].inputs)
 
 
