@@ -349,9 +349,10 @@ def resolve_config(config: RunConfig, kind: Kind) -> RunConfig:
     """
     usual = {"image": 3e-4, "text": 1e-4}[kind] * (10 if config.optimizer == "sgd" else 1)
     rate = config.lr if config.lr is not None else usual
+    head_rate = min(10.0, round(10 * rate, 12))
     found = {
         "lr": rate,
-        "head_lr": config.head_lr if config.head_lr is not None else min(10.0, round(10 * rate, 12)),
+        "head_lr": config.head_lr if config.head_lr is not None else head_rate,
         "augment": config.augment or {"image": "flip", "text": "none"}[kind],
     }
     if kind == "text" and found["augment"] != "none":
