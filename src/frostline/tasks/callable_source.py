@@ -29,7 +29,7 @@ _RETURNS = "a function that takes num_classes and returns an nn.Module, or (modu
 def build(name: str, *, config: RunConfig, labels: tuple[str, ...], kind: Kind) -> Built:
     """The user's model with one output per label.
 
-    "pretrained" weights are whatever the function itself provides.
+    Without a weights file the values are whatever the function itself provides.
 
     Raises:
         ModelError: it cannot be called, returns something else, or the weights do not fit.
