@@ -253,10 +253,23 @@ def test_a_failing_forward_leaves_the_model_untouched_too() -> None:
     assert picture(model) == before
 
 
-def test_scripted_traced_and_exported_models_are_divided() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    graph = torch.fx.symbolic_trace(model)
-    assert groups_of(graph, X).names == ("0", "2")
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+def test_graphs_and_scripts_are_divided() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    for other in (
+        torch.fx.symbolic_trace(model),
+        torch.jit.script(model),
+        torch.jit.trace(model, X),
+    ):
+        assert groups_of(other, X).names == ("0", "2")
+
+
+def test_compiled_models_are_divided_as_they_are_written() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    compiled = torch.compile(model, backend="eager")
+    assert groups_of(compiled, X).names == ("_orig_mod.0", "_orig_mod.2")
+    model.compile(backend="eager")
+    assert groups_of(model, X).names == ("0", "2")
 
 
 def test_every_order_of_definition_gives_the_same_groups() -> None:

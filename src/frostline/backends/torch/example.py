@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frostline.backends.torch.tracing import leave_untouched, run_model
+from frostline.backends.torch.tracing import trace_model
 from frostline.errors import ModelError
 
 __all__ = ["Example", "example_batch"]
@@ -68,8 +68,7 @@ def example_batch(model: nn.Module, *, batch_size: int = 2) -> Example:
     failures: dict[str, None] = {}
     for candidate in _candidates(model, maker):
         try:
-            with leave_untouched(model):
-                run_model(model, candidate.args, candidate.kwargs)
+            trace_model(model, candidate.args, candidate.kwargs)
         except ModelError as error:
             failures[error.found] = None
         else:
@@ -202,6 +201,11 @@ def _features(size: int, make: _Maker) -> Iterator[Tensor]:
         yield make.floats(1, side[1], side[1])
 
 
+def _sequences(size: int, make: _Maker) -> Iterator[Tensor]:
+    yield make.floats(16, size)
+    yield make.floats(size)
+
+
 def _tokens(count: int, make: _Maker) -> Iterator[Tensor]:
     for length in (TEXT_LENGTH_TOKENS, 16, 8, 1):
         yield make.integers(count, length)
@@ -220,8 +224,8 @@ _FEEDS: dict[type[nn.Module], Callable[[Any, _Maker], Iterator[Tensor]]] = {
     nn.Linear: lambda m, make: _features(m.in_features, make),
     nn.Embedding: lambda m, make: _tokens(m.num_embeddings, make),
     nn.EmbeddingBag: lambda m, make: _tokens(m.num_embeddings, make),
-    nn.RNNBase: lambda m, make: _features(m.input_size, make),
-    nn.MultiheadAttention: lambda m, make: _features(m.embed_dim, make),
+    nn.RNNBase: lambda m, make: _sequences(m.input_size, make),
+    nn.MultiheadAttention: lambda m, make: _sequences(m.embed_dim, make),
     nn.BatchNorm1d: lambda m, make: _features(m.num_features, make),
     nn.BatchNorm2d: lambda m, make: _images(m.num_features, make),
     nn.BatchNorm3d: lambda m, make: _volumes(m.num_features, make),

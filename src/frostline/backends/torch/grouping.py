@@ -17,7 +17,7 @@ import difflib
 import fnmatch
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,7 +94,6 @@ class _Assembly:
     trace: Trace
     units: list[Unit]
     wanted_head: frozenset[str]
-    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.aliases = _names_by_identity(self.model)
@@ -121,7 +120,16 @@ class _Assembly:
             for depth, (name, draft) in enumerate(zip(names, drafts, strict=True))
         )
         head = frozenset(n for n, d in zip(names, drafts, strict=True) if d.in_head)
-        return LayerGroups(items, head=head, notes=tuple(_notes(self.model, items, self.trace)))
+        notes = [*_notes(self.model, items, self.trace), *self._head_note(head)]
+        return LayerGroups(items, head=head, notes=tuple(notes))
+
+    def _head_note(self, head: frozenset[str]) -> Iterator[str]:
+        output = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if not self.head_parameters and isinstance(output, nn.Module):
+            yield (
+                "the output layer has no weights of its own (tied), so the group that ran last "
+                f"is taken as head: {', '.join(head)}"
+            )
 
     def _claims(self) -> dict[int, Unit]:
         """The unit that owns each parameter and buffer: the one running at its first use."""

@@ -14,9 +14,10 @@ import functools
 import operator
 import random
 import sys
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -350,12 +351,16 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def uncompiled() -> AbstractContextManager[Any]:
-    """Run compiled modules as plain ones."""
-    # Compiled code hides modules from hooks. Nothing is compiled unless this is loaded.
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled modules as plain ones: compiled code hides modules from hooks."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
+        yield
+        return
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        # A compiled module reports its own call besides the original's; nothing counts it twice.
+        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
+        yield
 
 
 def _saved_random_states() -> list[Callable[[], Any]]:
