@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import signal
 import sys
 import threading
@@ -15,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from frostline.backends.torch.checkpoint import read_random_state, write_random_state
+from frostline.backends.torch.random_state import read_random_state, write_random_state
 from frostline.errors import ConfigError
 
 __all__ = ["Interrupt", "PeakMemory", "borrowed_process", "pick_device"]
@@ -119,5 +118,7 @@ class PeakMemory:
         with contextlib.suppress(OSError, StopIteration):
             lines = Path("/proc/self/status").read_text().splitlines()
             return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:"))
+        import resource  # noqa: PLC0415  absent on Windows
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak

@@ -128,10 +128,10 @@ def fit(
             _log.info("%s is finished already", folder.path)
             return Run(folder.path)
         # Only a run that trains pays for importing what training needs.
-        from frostline.tasks.session import Session  # noqa: PLC0415
+        from frostline.tasks.session import run_session  # noqa: PLC0415
 
         with log_to(folder.log), borrowed_process(resolved.threads):
-            Session(resolved, folder, on_event or _ignore).run()
+            run_session(resolved, folder, on_event or _ignore)
         return Run(folder.path)
 
 

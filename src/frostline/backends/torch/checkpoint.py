@@ -20,16 +20,13 @@ from __future__ import annotations
 
 import logging
 import platform
-import random
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save_file
@@ -37,17 +34,20 @@ from torch import Tensor, nn
 
 from frostline import _io
 from frostline._version import __version__
+from frostline.backends.torch.random_state import (
+    RANDOM_STREAMS,
+    read_random_state,
+    write_random_state,
+)
+from frostline.backends.torch.trees import pack, unpack
 from frostline.driver import Driver
 from frostline.errors import StorageError
 
 __all__ = [
-    "RANDOM_STREAMS",
     "checkpoint_folders",
     "checkpoint_step",
     "load_checkpoint",
-    "read_random_state",
     "save_checkpoint",
-    "write_random_state",
 ]
 
 _log = logging.getLogger("frostline")
@@ -55,9 +55,6 @@ KIND = "frostline checkpoint 1"
 _NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,9}))?")
 _STATE = "state.json"
 _MAX_STATE_BYTES = 1 << 28  # driver history of long runs; its digest was checked before it is read
-
-#: Random number generators that a checkpoint holds.
-RANDOM_STREAMS = ("python", "numpy", "torch", "cuda")
 
 
 class Stateful(Protocol):
@@ -226,7 +223,7 @@ def _collect(
 
     def put(part: str, value: Any) -> None:
         tensors: dict[str, Tensor] = {}
-        parts.trees[part] = _pack(value, part, tensors)
+        parts.trees[part] = pack(value, part, tensors)
         if tensors:
             parts.tensors[part] = tensors
 
@@ -246,7 +243,7 @@ def _plan_changes(
 ) -> list[Callable[[], object]]:
     """Check every part and return what to do, so that nothing is changed unless all fits."""
     trees = {
-        name: _unpack(tree, parts.tensors.get(name, {}))
+        name: unpack(tree, parts.tensors.get(name, {}))
         for name, tree in parts.trees.items()
         if name != "model" and objects.get(name, name == "random") is not None
     }
@@ -548,30 +545,6 @@ def _stateful_change(
 # -- random number generators --------------------------------------------------------------------
 
 
-def read_random_state() -> dict[str, Any]:
-    """The states of `RANDOM_STREAMS`; "cuda" only where CUDA is in use."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002  the stream others draw from
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def write_random_state(state: Mapping[str, Any]) -> None:
-    """Put streams read by `read_random_state` back; streams it does not name are not moved."""
-    if "python" in state:
-        random.setstate(state["python"])
-    if "numpy" in state:
-        np.random.set_state(state["numpy"])  # noqa: NPY002
-    if "torch" in state:
-        torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def _random_change(
     path: Path, saved: Mapping[str, Any], streams: Collection[str]
 ) -> Callable[[], object]:
@@ -587,77 +560,6 @@ def _random_change(
             found = f"random states of {len(saved['cuda'])} CUDA devices; {here} here"
             raise _misfit(path, found, "resume on as many devices")
     return lambda: write_random_state({name: saved[name] for name in streams if name in saved})
-
-
-# -- trees as JSON -------------------------------------------------------------------------------
-
-
-def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """A tree of plain values and tensors as JSON; tensors go to `tensors` by their place.
-
-    What JSON cannot say is tagged: {"!": tag, ...}.
-    """
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return float(value) if value - value == 0 else {"!": "float", "value": repr(float(value))}
-    if isinstance(value, np.generic):
-        return _pack(value.item(), place, tensors)
-    if isinstance(value, np.ndarray):
-        tensors[place] = torch.from_numpy(value)
-        return {"!": "array", "name": place}
-    if isinstance(value, Tensor):
-        tensors[place] = value.detach()
-        return {"!": "tensor", "name": place}
-    if isinstance(value, Mapping):
-        return _pack_mapping(value, place, tensors)
-    if isinstance(value, (list, tuple)):
-        items = [_pack(item, f"{place}/{i}", tensors) for i, item in enumerate(value)]
-        return items if isinstance(value, list) else {"!": "tuple", "items": items}
-    raise StorageError(
-        f"save {place}",
-        found=f"a {type(value).__qualname__}, which is code or memory rather than data",
-        fix="keep numbers, strings, lists, mappings and tensors in its state",
-    )
-
-
-def _pack_mapping(value: Mapping[Any, Any], place: str, tensors: dict[str, Tensor]) -> Any:
-    if (
-        all(isinstance(key, str) for key in value)
-        and "!" not in value
-        and type(value) is not Counter
-    ):
-        return {key: _pack(item, f"{place}/{key}", tensors) for key, item in value.items()}
-    tag = "counter" if isinstance(value, Counter) else "mapping"
-    pairs = [
-        [_pack(key, f"{place}/key", tensors), _pack(item, f"{place}/{key}", tensors)]
-        for key, item in value.items()
-    ]
-    return {"!": tag, "items": pairs}
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "!" not in value:
-        return {key: _unpack(item, tensors) for key, item in value.items()}
-    return _UNTAG[value["!"]](value, tensors)
-
-
-def _pairs(value: Any, tensors: Mapping[str, Tensor]) -> Iterable[tuple[Any, Any]]:
-    return ((_unpack(key, tensors), _unpack(item, tensors)) for key, item in value["items"])
-
-
-_UNTAG: dict[str, Callable[[Any, Mapping[str, Tensor]], Any]] = {
-    "float": lambda value, _: float(value["value"]),
-    "array": lambda value, tensors: tensors[value["name"]].clone().numpy(),
-    "tensor": lambda value, tensors: tensors[value["name"]].clone(),  # the file may be a map
-    "tuple": lambda value, tensors: tuple(_unpack(item, tensors) for item in value["items"]),
-    "mapping": lambda value, tensors: dict(_pairs(value, tensors)),
-    "counter": lambda value, tensors: Counter(dict(_pairs(value, tensors))),
-}
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""What every session of a run builds first: task, layer groups, training parts."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.freeze import torch_driver
+from frostline.backends.torch.grouping import layer_groups
+from frostline.backends.torch.measure import measure_costs
+from frostline.errors import DataError
+from frostline.groups import GroupCost, LayerGroups
+from frostline.study.records import read_run
+from frostline.tasks.config import RunConfig
+from frostline.tasks.folder import RunFolder, asked_settings
+from frostline.tasks.loop import Parts
+from frostline.tasks.order import Batching
+from frostline.tasks.setup import build_optimizer, build_policy, build_schedule, mixed_precision
+from frostline.tasks.task import Split, Task, load_task
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything a session trains with, the same in every session of a run.
+
+    Attributes:
+        task: data and model.
+        groups: layer groups with measured costs.
+        parts: model, optimizer and the rest.
+        batching: how an epoch is cut into updates.
+        measure_s: seconds this session spent on measuring the groups.
+    """
+
+    task: Task
+    groups: LayerGroups
+    parts: Parts
+    batching: Batching
+    measure_s: float
+
+    def about(self, asked: RunConfig) -> dict[str, Any]:
+        """The header of the record: what the run is, free of the machine."""
+        return {
+            "asked": asked_settings(asked),
+            "config": self.task.config.model_dump(mode="json", exclude={"output"}),
+            "data": _data_facts(self.task),
+            "labels": list(self.task.labels),
+            "notes": dict(self.task.notes),
+            "groups": {g.name: g.parameter_count for g in self.groups},
+            "head": sorted(self.groups.head),
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """The rest of the header: what depends on the machine."""
+        return {
+            "torch": str(torch.__version__),
+            "device": str(self.parts.device),
+            "threads": torch.get_num_threads(),
+            "groups": {g.name: asdict(g.cost) for g in self.groups if g.cost is not None},
+            "measure_s": self.measure_s,
+        }
+
+
+def prepare(config: RunConfig, folder: RunFolder, device: torch.device) -> Prepared:
+    """Build everything for a session.
+
+    Args:
+        config: the settings as asked.
+        folder: the run's folder; the costs of its groups are measured by the first session and
+            read by the later ones.
+        device: where to train.
+
+    Raises:
+        DataError: the data cannot be used, or is not what the run started with.
+        FrostlineError: anything else that cannot be built.
+    """
+    task = load_task(config)
+    config = task.config
+    model = task.model.to(device)
+    example = _moved(task.example(), device)
+    groups = layer_groups(model, example, head=task.head)
+    start = time.perf_counter()
+    recorded = None if folder.asked() is None else _recorded_costs(folder, task)
+    groups = groups.with_costs(recorded) if recorded else measure_costs(model, groups, example)
+    measure_s = 0.0 if recorded else time.perf_counter() - start
+    optimizer = build_optimizer(config, model, groups)
+    batching = Batching(len(task.train), config.batch_size, config.accumulate)
+    driver = torch_driver(
+        model,
+        optimizer,
+        build_policy(config),
+        total_epochs=config.epochs,
+        steps_per_epoch=batching.steps_per_epoch,
+        groups=groups,
+        optimizer_state=config.optimizer_state,
+    )
+    scheduler = build_schedule(config, optimizer, driver.progress)
+    forward, scaler = mixed_precision(config, device)
+    parts = Parts(model, optimizer, scheduler, driver, device, forward, scaler)
+    return Prepared(task, groups, parts, batching, measure_s)
+
+
+def _recorded_costs(folder: RunFolder, task: Task) -> dict[str, GroupCost]:
+    """What the first session measured; raises when the data is not what it had."""
+    header = read_run(folder.path).header
+    here, recorded = _data_facts(task), header["data"]
+    if here != recorded:
+        changed = next(name for name in here if here[name] != recorded.get(name))
+        raise DataError(
+            f"go on with the run in {folder.path}",
+            found=f"other data than when it started: {changed} differs",
+            fix="bring back the data of the start, or start over: fresh=True (--fresh)",
+        )
+    costs: Mapping[str, Mapping[str, Any]] = header["costs"]["groups"]
+    return {name: GroupCost(**cost) for name, cost in costs.items()}
+
+
+def _data_facts(task: Task) -> dict[str, Any]:
+    """Size and digest of the labels of each split: enough to notice that data was exchanged."""
+
+    def facts(split: Split) -> dict[str, Any]:
+        text = ",".join(str(label) for label in split.labels)
+        return {"samples": len(split), "labels_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    return {"train": facts(task.train), "val": facts(task.val), "test": facts(task.test)}
+
+
+def _moved(example: Example, device: torch.device) -> Example:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return replace(
+        example,
+        args=tuple(move(value) for value in example.args),
+        kwargs={name: move(value) for name, value in example.kwargs.items()},
+    )
