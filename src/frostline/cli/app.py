@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> int:
     try:
         app(
-            list(arguments),
+            ["@-" if a == "-" else a for a in arguments],  # a lone "-" would read as an option
             result_action="return_value",
             exit_on_error=False,
             print_error=False,

@@ -48,8 +48,16 @@ def fit(
         return
     from frostline.tasks.run import fit as fit_run
 
-    with follow(sys.stderr, title=settings.policy, quiet=quiet) as on_event:
+    happened: list[str] = []
+    with follow(sys.stderr, title=settings.policy, quiet=quiet) as show:
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            happened.append(event["kind"])
+            show(event)
+
         run = fit_run(config=settings, fresh=fresh, on_event=on_event)
+    if not happened and not quiet:
+        sys.stderr.write("finished already; --fresh starts over\n")
     if json:
         print_json({"path": str(run.path), **run.summary})
         return

@@ -118,7 +118,8 @@ def _example(built: Built, config: RunConfig) -> Example:
     if not isinstance(built.preparation, ImagePreparation):
         return example_batch(built.model, batch_size=config.batch_size)
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    batch: Any = built.preparation.collate([built.preparation(noise)] * config.batch_size)
+    prepare = built.preparation.configured(config)
+    batch: Any = prepare.collate([prepare(noise)] * config.batch_size)
     return Example(kwargs=batch) if isinstance(batch, Mapping) else Example(args=batch)
 
 

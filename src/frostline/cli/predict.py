@@ -60,7 +60,7 @@ def _ranked(prediction: Prediction, top: int) -> Sequence[tuple[str, float]]:
 
 
 def _expanded(text: str) -> list[str]:
-    if text == "-":
+    if text == "@-":
         lines = sys.stdin.read().splitlines()
     elif text.startswith("@"):
         try:
