@@ -8,7 +8,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from frostline.cli.app import app
 from frostline.cli.flags import overrides
@@ -70,3 +72,33 @@ def test_the_guide_runs_from_top_to_bottom():
         exec(code, names)  # noqa: S102  our own page
     assert len(names["certificate"].holds) > 0
     assert names["found"] == {"epoch": 3}
+
+
+#: What the first example of the README names and a test cannot have, and what stands in for it.
+_STAND_INS = {
+    '"timm:resnet18"': '"timm:test_resnet"',
+    "epochs=5": "epochs=1, weights='random', image_size=32",
+}
+
+
+def test_the_five_lines_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = random.integers(100 * number, 100 * number + 99, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.jpg")
+    code = _blocks(ROOT / "README.md", "python")[0]
+    for written, stand_in in _STAND_INS.items():
+        assert written in code
+        code = code.replace(written, stand_in)
+    names: dict = {}
+    exec(code, names)  # noqa: S102  our own page
+    assert names["run"].path == Path("runs/test_resnet-gradual-001")
+
+
+def test_the_pieces_of_the_readme_run():
+    names: dict = {}
+    exec(_blocks(ROOT / "README.md", "python")[1], names)  # noqa: S102  our own page
+    assert len(names["certificate"].holds) > 0
