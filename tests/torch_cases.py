@@ -202,6 +202,20 @@ class Meddler(nn.Module):
         return self.head(self.stem(x)) + noise
 
 
+class Rescaled(nn.Module):
+    """Halves deep weights in place before anything runs, as RWKV does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.head.weight.div_(2)
+            torch._foreach_mul_([self.head.weight], 3)
+        return self.head(self.stem(x))
+
+
 class Swapper(nn.Module):
     """Replaces a layer at its first forward pass, keeping the parameters."""
 
@@ -311,7 +325,17 @@ class Weighted(nn.Module):
 
 AWKWARD: dict[str, tuple[type[nn.Module], tuple[Tensor, ...]]] = {
     kind.__name__: (kind, (torch.ones(2, 4),))
-    for kind in (Backwards, ByName, Functional, Twice, Conditional, Meddler, Swapper, Staged)
+    for kind in (
+        Backwards,
+        ByName,
+        Functional,
+        Twice,
+        Conditional,
+        Meddler,
+        Rescaled,
+        Swapper,
+        Staged,
+    )
 } | {
     "Shared": (Shared, (torch.ones(2, 6),)),
     "Tied": (Tied, (torch.ones(2, 5, dtype=torch.long),)),

@@ -21,6 +21,7 @@ from torch_cases import (
     Functional,
     Meddler,
     Parallel,
+    Rescaled,
     Shared,
     Staged,
     Swapper,
@@ -157,6 +158,10 @@ def test_a_small_model_is_divided_further() -> None:
 
     model = nn.Sequential(Net(), nn.ReLU(), nn.Linear(4, 2))
     assert groups_of(model, X).names == ("0.a", "0.b", "0.c", "2")
+
+
+def test_rescaling_weights_in_place_is_no_use_of_them() -> None:
+    assert groups_of(Rescaled(), X).names == ("stem", "head")
 
 
 def test_parametrised_and_recurrent_layers() -> None:

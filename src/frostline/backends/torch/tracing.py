@@ -228,20 +228,22 @@ class _Recorder(TorchDispatchMode):
         """Note the tensors an operation reads, and pass it on."""
         kwargs = kwargs or {}
         read = list(tensors_in((args, kwargs)))
+        written = {id(t) for t in _written(func, args, kwargs)}
         for tensor in read:
-            self._note(tensor, writes=_writes(func))
+            self._note(tensor, written=id(tensor) in written)
         result = func(*args, **kwargs)
         self._spread(read, result)
         return result
 
-    def _note(self, tensor: Tensor, *, writes: bool) -> None:
+    def _note(self, tensor: Tensor, *, written: bool) -> None:
         known = self._tensors.get(id(tensor)) or self._storages.get(_storage(tensor))
         if known is None:
             return
         name, owner = known
-        if writes:
+        if written:
+            # Weights that a model rescales in place are not thereby used (RWKV).
             self._keep(owner)
-        if name not in self._uses:
+        elif name not in self._uses:
             self._uses[name] = Use(self._next(), tuple(self._stack))
 
     def _spread(self, read: Sequence[Tensor], result: Any) -> None:
@@ -283,10 +285,12 @@ class _Recorder(TorchDispatchMode):
         return self._tick
 
 
-def _writes(func: Any) -> bool:
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The arguments that an operator overwrites."""
     # The schema is the only place that says whether an operator writes to an argument; operator
     # overloads have no public accessor for it (pytorch's own dispatch modes read it like this).
-    return func._schema.is_mutable  # noqa: SLF001
+    if func._schema.is_mutable:  # noqa: SLF001
+        yield from tensors_in((args[:1], kwargs.get("out")))
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
