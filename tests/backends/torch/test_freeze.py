@@ -295,6 +295,15 @@ def test_agreeing_totals_are_fine() -> None:
     driven("full", total_epochs=3, steps_per_epoch=10, total_steps=30)
 
 
+def test_fixed_parameters_stay_out_of_every_plan() -> None:
+    model, optimizer, driver = driven("full", fixed=["blocks.0.fc.bias"])
+    before = model_bits(model)
+    with driver.step():
+        train_step(model, optimizer, 0)
+    parameters = {n for n, _ in model.named_parameters()}
+    assert parameters - moved(before, model_bits(model)) == {"blocks.0.fc.bias"}
+
+
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(PolicyError, match="gradul"):
         driven("gradul")

@@ -80,6 +80,12 @@ def test_lasting_rates_are_baked_in() -> None:
     }  # fmt: skip
 
 
+def test_parameter_groups_of_a_compiled_model_are_those_of_the_model_inside() -> None:
+    model = Net()
+    made = parameter_groups(torch.compile(model), groups_of(model), lr=0.1)
+    assert {id(p) for g in made for p in g["params"]} == {id(p) for p in model.parameters()}
+
+
 def test_a_rate_for_an_unknown_group_is_an_error() -> None:
     model = Net()
     with pytest.raises(PlanError, match="neck"):

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from frostline.backends.torch.digest import TensorTable, WriteWatch, sha256_of_tensors
+from frostline.backends.torch.digest import TensorTable, WriteWatch, sha256_of_tensors, unwrapped
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.explain import explain_plan, recorded_groups
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import HeldModes
 from frostline.backends.torch.optimizer import (
+    Scales,
     StepGuard,
     can_train,
     check_membership,
@@ -39,7 +40,7 @@ from frostline.errors import BackendError
 from frostline.groups import LayerGroup, LayerGroups
 from frostline.plan import FreezePlan
 
-__all__ = ["OptimizerState", "TorchBackend", "applied_plan", "as_found", "record_plan", "unwrapped"]
+__all__ = ["OptimizerState", "TorchBackend", "applied_plan", "as_found", "record_plan"]
 
 _log = logging.getLogger("frostline")
 _requires_grad = attrgetter("requires_grad")
@@ -185,7 +186,7 @@ class TorchBackend:
     def _never(self) -> frozenset[str]:
         return frozenset(n for n, p in self._parameters.items() if not self._able(n, p))
 
-    def _scales(self, plan: FreezePlan, trained: Mapping[str, Tensor]) -> list:
+    def _scales(self, plan: FreezePlan, trained: Mapping[str, Tensor]) -> Scales:
         if self._optimizer is None:
             if plan.lr_scale:
                 raise BackendError(
@@ -197,7 +198,7 @@ class TorchBackend:
         group_of = {id(p): self._groups.of_parameter(n).name for n, p in trained.items()}
         return group_scales(self._optimizer, plan, group_of)
 
-    def _apply_to_optimizer(self, scales: list) -> None:
+    def _apply_to_optimizer(self, scales: Scales) -> None:
         if self._optimizer is None or self._guard is None:
             return
         self._guard.set_scales(scales)
@@ -259,24 +260,6 @@ class TorchProbe:
     def _gradients(self, group: LayerGroup) -> list[Tensor]:
         gradients = (self._parameters[p.name].grad for p in group.parameters)
         return [g for g in gradients if g is not None]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside `torch.compile` and data-parallel wrappers.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> unwrapped(nn.DataParallel(model)) is model
-        True
-    """
-    inner = model
-    while True:
-        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = inner.module
-        elif (compiled := dict(inner.named_children()).get("_orig_mod")) is not None:
-            inner = compiled  # a compiled module's only child; its prefix in every state_dict
-        else:
-            return inner
 
 
 def as_found(model: nn.Module) -> frozenset[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from frostline.errors import BackendError
 
-__all__ = ["TensorTable", "WriteWatch", "sha256_of_tensors"]
+__all__ = ["TensorTable", "WriteWatch", "sha256_of_tensors", "unwrapped"]
 
 #: How much of a tensor is checked in passing: some ten microseconds.
 _HEAD_BYTES = 32 << 10
@@ -44,7 +44,7 @@ class TensorTable:
     """Every parameter and buffer of a model under every name it has, always as it is now.
 
     Args:
-        root: the model.
+        root: the model; wrappers around it leave no trace in the names.
 
     Example:
         >>> table = TensorTable(nn.Linear(2, 1))
@@ -55,7 +55,7 @@ class TensorTable:
     def __init__(self, root: nn.Module) -> None:
         self._slots = {
             f"{path}.{key}" if path else key: _Slot(table, key)
-            for path, module in root.named_modules(remove_duplicate=False)
+            for path, module in unwrapped(root).named_modules(remove_duplicate=False)
             for table in _live_tables(module)
             for key, tensor in table.items()
             if tensor is not None
@@ -90,6 +90,24 @@ class TensorTable:
             BackendError: the model has no tensor of one of these names.
         """
         return [self._slots[name] for name in names if self[name] is not None]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile` and data-parallel wrappers.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(model)) is model
+        True
+    """
+    inner = model
+    while True:
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif (compiled := dict(inner.named_children()).get("_orig_mod")) is not None:
+            inner = compiled  # a compiled module's only child; its prefix in every state_dict
+        else:
+            return inner
 
 
 class WriteWatch:
@@ -142,10 +160,14 @@ class WriteWatch:
         return [i] if self._checksums.setdefault(i, checksum) != checksum else []
 
 
-def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def sha256_of_tensors(
+    tensors: Mapping[str, Tensor], *, workers: int | None = None
+) -> dict[str, str]:
     """SHA-256 (hex) of the raw bytes of each tensor, in row-major order.
 
-    Tensors given under several names are read once. Large sets are read by one thread per core.
+    Args:
+        tensors: by name; one given under several names is read once.
+        workers: threads, >= 1; None: one per core if there is enough to read.
 
     Raises:
         BackendError: a tensor whose bytes are not all here (meta, distributed, sparse, quantized).
@@ -156,9 +178,10 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """
     distinct = {id(t): (name, t) for name, t in tensors.items()}
     work = sorted(distinct.values(), key=lambda item: -item[1].numel() * item[1].element_size())
-    workers = min(len(work), os.cpu_count() or 1)
-    size_bytes = sum(t.numel() * t.element_size() for _, t in work)
-    if workers < 2 or size_bytes < _THREADED_BYTES:
+    if workers is None:
+        size_bytes = sum(t.numel() * t.element_size() for _, t in work)
+        workers = (os.cpu_count() or 1) if size_bytes >= _THREADED_BYTES else 1
+    if workers == 1:
         digests = [_sha256(name, t) for name, t in work]
     else:
         with ThreadPoolExecutor(workers) as pool:

@@ -6,7 +6,7 @@ block and puts everything back, `torch_driver` builds a `Driver` that runs a pol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,8 @@ from frostline.backends.torch.backend import (
     applied_plan,
     as_found,
     record_plan,
-    unwrapped,
 )
+from frostline.backends.torch.digest import unwrapped
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import OWN_ATTRIBUTES
 from frostline.driver import Driver
@@ -162,6 +162,7 @@ def torch_driver(
     example: Example | None = None,
     groups: LayerGroups | None = None,
     optimizer_state: OptimizerState = "keep",
+    fixed: Collection[str] = (),
 ) -> Driver:
     """A driver that runs a policy over your own training loop.
 
@@ -175,6 +176,7 @@ def torch_driver(
         example: a batch to run the model on, to find its layer groups; made up if not given.
         groups: the layer groups, if you have them (policies by cost need measured ones).
         optimizer_state: "keep" or "release" what the optimizer remembers of frozen parameters.
+        fixed: names of parameters that never train, whatever the policy; see `as_found`.
 
     Raises:
         PolicyError: unknown policy or option.
@@ -188,6 +190,7 @@ def torch_driver(
             optimizer,
             groups=_groups(model, groups, example),
             optimizer_state=optimizer_state,
+            fixed=fixed,
         ),
         total_steps=_total_steps(total_steps, total_epochs, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,

@@ -26,6 +26,9 @@ __all__ = ["StepGuard", "check_membership", "fresh_state", "parameter_groups"]
 
 _log = logging.getLogger("frostline")
 
+#: Optimizer groups, each with the factor on its learning rate.
+Scales = list[tuple[dict[str, Any], float]]
+
 
 def parameter_groups(
     model: nn.Module,
@@ -133,7 +136,7 @@ class StepGuard:
     def __init__(self, optimizer: Optimizer) -> None:
         self.parameters: list[tuple[str, Tensor]] = []
         self.expected: Mapping[str, list[Tensor]] = {}
-        self._scales: list[tuple[dict[str, Any], float]] = []
+        self._scales: Scales = []
         self._scaled: list[tuple[dict[str, Any], Any, Any]] = []
         self._dropped: list[str] = []
         optimizer.register_step_pre_hook(self._before)
@@ -148,7 +151,7 @@ class StepGuard:
             guards[model] = cls(optimizer)
         return guards[model]
 
-    def set_scales(self, scales: list[tuple[dict[str, Any], float]]) -> None:
+    def set_scales(self, scales: Scales) -> None:
         """Scale these optimizer groups around every update from now on, and no others."""
         self._settle()
         self._scales = [(group, scale) for group, scale in scales if scale != 1]
@@ -206,9 +209,7 @@ class StepGuard:
 _GUARDS: WeakKeyDictionary[Optimizer, WeakKeyDictionary[nn.Module, StepGuard]] = WeakKeyDictionary()
 
 
-def group_scales(
-    optimizer: Optimizer, plan: FreezePlan, group_of: Mapping[int, str]
-) -> list[tuple[dict[str, Any], float]]:
+def group_scales(optimizer: Optimizer, plan: FreezePlan, group_of: Mapping[int, str]) -> Scales:
     """The learning-rate factor of each optimizer group under a plan.
 
     Args:
@@ -219,7 +220,7 @@ def group_scales(
     Raises:
         BackendError: an optimizer group mixes layer groups of different factors.
     """
-    scales: list[tuple[dict[str, Any], float]] = []
+    scales: Scales = []
     for number, group in enumerate(optimizer.param_groups):
         names = {group_of[id(p)] for p in group["params"] if id(p) in group_of}
         factors = {plan.lr_scale.get(name, 1.0) for name in names}
