@@ -8,6 +8,10 @@ nearest the input train, so that all others only carry the gradient through.
 
 Marks cost time themselves, so the sums are scaled to passes that run without them. The least of
 several repeats counts: whatever else the machine does can only add.
+
+What two numbers per group cannot say: the shallowest group that trains still carries gradients
+between its own layers, which count as carrying here, so a plan's predicted step leaves out that
+part of one group.
 """
 
 from __future__ import annotations
@@ -125,6 +129,8 @@ class _HostClock:
 
 class _CudaClock:
     """Events in the stream: no waiting between operations, so they overlap as in training."""
+
+    # Not run on such a device so far; the test that needs one is skipped elsewhere.
 
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
