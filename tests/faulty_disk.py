@@ -93,7 +93,11 @@ class FaultyDisk(QuickDisk):
         if self._due("produce"):
             write(path)
             target = path if path.is_file() else next(p for p in path.rglob("*") if p.is_file())
-            os.truncate(target, target.stat().st_size // 2)
+            whole = target.read_bytes()
+            if self.fault == "lying":  # as long as it should be, and wrong
+                target.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            else:
+                target.write_bytes(whole[: len(whole) // 2])
             if self.fault not in ("short", "lying"):
                 self._fail()
             return
