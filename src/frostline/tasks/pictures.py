@@ -95,7 +95,6 @@ def _open(raw: Any) -> Image:
     picture = image.open(stream, formats=FORMATS)
     if picture.width * picture.height > MAX_PIXELS:
         raise _bad(raw, f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
-    picture.load()
     return picture
 
 
@@ -119,8 +118,6 @@ def _upright_rgb(picture: Image) -> Image:
         picture = _from_array((array.clip(0, 65_535) // 257).astype(np.uint8))
     if picture.mode == "F":
         raise _bad(picture, "floating-point pixels, whose range is unknown")
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
     return picture.convert("RGB")
 
 
