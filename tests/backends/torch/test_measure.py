@@ -123,6 +123,26 @@ def test_branches_each_have_a_first_group(fake_time: FakeTime) -> None:
     assert found == pytest.approx({"a0": 0, "a1": 2, "b0": 0, "b1": 4, "head": 5})
 
 
+def test_a_block_that_uses_a_layer_of_another_group_keeps_its_own_time(
+    fake_time: FakeTime,
+) -> None:
+    class Block(Timed):
+        def __init__(self, shared: nn.Module) -> None:
+            super().__init__(10, 20, 30, 10)
+            self.shared = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.shared(x))
+
+    Work.clock = fake_time
+    shared = Timed(1, 2, 3, 1)
+    model = nn.Sequential(shared, Block(shared))
+    example = Example(args=(X,))
+    groups = layer_groups(model, example, boundaries=["1"])
+    measured = measure_costs(model, groups, example)
+    assert {g.name: g.cost.forward_s for g in measured if g.cost} == {"0": 2, "1": 10}
+
+
 def test_kept_bytes_are_counted_once_without_weights_and_inputs() -> None:
     # Kept: the input of each layer (the batch itself apart) and ReLU's output, which is the
     # same storage as the next layer's input.

@@ -255,14 +255,20 @@ class _Bench:
         self._clock = clock
         self._first = next((g.name for g in groups if g.calls), groups.names[0])
         modules = dict(model.named_modules())
-        self._owners = {id(modules[m.name]): g.name for g in groups for m in g.modules}
+        # A block that uses a layer of another group is in no group's modules, but names its own.
+        blocks = {id(modules[g.name]): g.name for g in groups if g.name in modules}
+        self._owners = blocks | {id(modules[m.name]): g.name for g in groups for m in g.modules}
         parameters = dict(model.named_parameters())
         self._parameters = {
             g.name: [q for p in g.parameters if (q := parameters[p.name]).is_floating_point()]
             for g in groups
         }
+        followed = set(self._owners.values())
         self._loose = {
-            id(p): g.name for g in groups if not g.modules for p in self._parameters[g.name]
+            id(p): name
+            for name, own in self._parameters.items()
+            if name not in followed
+            for p in own
         }
 
     def settle_mode(self) -> None:
