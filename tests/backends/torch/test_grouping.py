@@ -22,6 +22,7 @@ from torch_cases import (
     Meddler,
     Parallel,
     Rescaled,
+    Residual,
     Shared,
     Staged,
     Swapper,
@@ -145,6 +146,30 @@ def test_stages_are_divided_to_blocks_and_blocks_stay_whole() -> None:
 def test_parallel_modules_in_a_block_do_not_divide_it() -> None:
     model = nn.Sequential(nn.Linear(4, 8), Parallel(8), Parallel(8), nn.Linear(8, 2))
     assert groups_of(model, X).names == ("0", "1", "2", "3")
+
+
+def test_lists_and_twins_divide_a_module_that_does_not_repeat() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv in self.convs:
+                x = conv(x)
+            return x
+
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Residual(4), Residual(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x))
+
+    model = nn.Sequential(Encoder(), Twins(), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    names = groups_of(model, X).names
+    assert names == ("0.convs.0", "0.convs.1", "0.convs.2", "1.one", "1.two", "2", "3", "4")
 
 
 def test_a_small_model_is_divided_further() -> None:
