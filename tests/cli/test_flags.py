@@ -39,6 +39,7 @@ def test_every_setting_has_a_flag(cli):
 def test_only_what_was_given_is_passed_on(parsed):
     assert parsed() == {}
     assert parsed("m", "d") == {"model": "m", "data": "d"}
+    assert parsed("--data", "d") == {"data": "d"}
     assert parsed("m", "d", "full", "--lr", "1e-3") == {
         "model": "m",
         "data": "d",

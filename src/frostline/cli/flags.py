@@ -35,7 +35,7 @@ def config_flags(command: Callable[..., None]) -> Callable[..., None]:
     def with_flags(*args: Any, **given: Any) -> None:
         values = {p.name: value for p, value in zip(settings, args, strict=False)}
         values |= {p.name: given.pop(p.name) for p in settings if p.name in given}
-        command({name: v for name, v in values.items() if v is not None}, **given)
+        command(values, **given)
 
     parameters = [*settings, *own]
     del with_flags.__wrapped__  # or its signature would be found instead of ours
