@@ -135,8 +135,13 @@ def add_one(model: nn.Module) -> None:
     model[0].weight.add_(1)
 
 
+@torch.no_grad()
 def replace_parameter(model: nn.Module) -> None:
-    model[0].weight = nn.Parameter(torch.zeros(2, 2))
+    other = nn.Parameter(torch.zeros(2, 2))
+    while other._version < model[0].weight._version:
+        other.add_(0)
+    assert other._version == model[0].weight._version  # so that only identity tells them apart
+    model[0].weight = other
 
 
 def replace_buffer(model: nn.Module) -> None:

@@ -89,6 +89,7 @@ class HeldModes:
     def __init__(self, root: nn.Module, groups: LayerGroups) -> None:
         self._root = root
         self._by_group = {
+            # The name of the root is empty.
             group.name: {m.name: _submodule(root, m.name) for m in group.modules if m.name}
             for group in groups
         }
@@ -127,7 +128,7 @@ class HeldModes:
                 continue
             for name, module in modules.items():
                 live = plan.live_norm if name in self._norms else plan.live_dropout
-                if group not in live and module is not self._root:
+                if group not in live:
                     yield name, module
 
 
