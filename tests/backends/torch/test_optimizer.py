@@ -394,6 +394,32 @@ def test_resume_is_exact(name: str, choice: str) -> None:
     assert model_bits(resumed) == model_bits(model)
 
 
+class Eager(SGD):
+    """Makes its state when built and never again, as Adagrad did until lately."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["count"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["count"] += 1
+        return super().step(closure)
+
+
+def test_state_that_an_optimizer_makes_when_built_is_made_again() -> None:
+    model, optimizer, backend = built(Eager, optimizer_state="release")
+    for step, plan in enumerate([FreezePlan(), FREEZE_SHALLOW, FreezePlan()]):
+        backend.apply(plan)
+        train_step(model, optimizer, step)
+    assert optimizer.state[model.blocks[0].fc.weight]["count"] == 1
+    assert optimizer.state[model.head.weight]["count"] == 3
+
+
 class Odd(SGD):
     """An optimizer that cannot be built from its defaults."""
 
