@@ -1,5 +1,7 @@
 """Puts the output of a real `make demo` into the README and docs/demo.svg.
 
+The progress is the captured log; the table is made from the records of the runs it names.
+
 Usage::
 
     make demo 2>&1 | tee demo.log
@@ -8,6 +10,7 @@ Usage::
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import sys
@@ -15,27 +18,36 @@ from pathlib import Path
 
 from rich.console import Console
 
+from frostline.cli.results import print_runs
+
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
+_PROGRESS = ("run folder ", "frozen ", "step ", "epoch ")
 _BLOCK = re.compile(r"<!-- figures -->.*?<!-- /figures -->", re.DOTALL)
 
 
 def main(log: Path, machine: str) -> None:
-    """Write both from a captured log."""
+    """Write both from a captured log, in the folder where the demo ran."""
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8").splitlines()]
-    start = next(i for i, line in enumerate(lines) if line.startswith("run folder "))
-    shown = lines[start:]
-    (DOCS / "demo.svg").write_text(picture(shown), encoding="utf-8")
-    block = "\n".join(["<!-- figures -->", *table(shown), "", f"({machine})", "<!-- /figures -->"])
+    shown = [line for line in lines if line.startswith(_PROGRESS)]
+    runs = [line.removeprefix("run folder ") for line in shown if line.startswith("run folder ")]
+    made = table(runs)
+    (DOCS / "demo.svg").write_text(picture([*shown, "", *made]), encoding="utf-8")
+    block = ["<!-- figures -->", "```text", *made, "```", machine, "<!-- /figures -->"]
     text = README.read_text(encoding="utf-8")
-    README.write_text(_BLOCK.sub(lambda _: block, text), encoding="utf-8")
+    README.write_text(_BLOCK.sub(lambda _: "\n".join(block), text), encoding="utf-8")
 
 
-def table(lines: list[str]) -> list[str]:
-    """The comparison at the end of the demo, as a text block."""
-    head = next(i for i, line in enumerate(lines) if line.split()[:2] == ["run", "policy"])
-    rows = [line for line in lines[head : head + 5] if line.strip()]
-    return ["```text", *(row.removeprefix("  ") for row in rows), "```"]
+def table(runs: list[str]) -> list[str]:
+    """The comparison as the demo prints it."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        print_runs(runs)
+    return [
+        line[1:].rstrip() if line.startswith(" ") else line
+        for line in out.getvalue().splitlines()
+        if line.strip()
+    ]
 
 
 def picture(lines: list[str]) -> str:

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from frostline.cli.flags import config_flags, overrides
 from frostline.cli.progress import follow
-from frostline.cli.results import print_runs
+from frostline.cli.results import print_run
 from frostline.cli.terminal import console, escape, print_json
 from frostline.tasks.config import RunConfig, dump_config, load_config
 
@@ -61,10 +61,10 @@ def fit(
     if json:
         print_json({"path": str(run.path), **run.summary})
         return
-    print_runs([run.path])
+    print_run(run.path)
     out = console(sys.stdout)
-    out.print(escape(f"run folder: {run.path}"), soft_wrap=True)
-    out.print(escape(f"next:       frostline predict {run.path} INPUT"), soft_wrap=True)
+    out.print(escape(f"run folder           {run.path}"), soft_wrap=True)
+    out.print(escape(f"next                 frostline predict {run.path} INPUT"), soft_wrap=True)
 
 
 def _print_settings(settings: RunConfig, flags: Mapping[str, Any], file: Path | None) -> None:

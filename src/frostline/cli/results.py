@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from frostline.cli.terminal import bytes_text, print_json, print_table
-from frostline.study.records import Row, comparison_table
+from frostline.cli.terminal import bytes_text, console, escape, print_json, print_table
+from frostline.study.records import COLUMNS, Row, comparison_table
 
-__all__ = ["print_runs", "seconds_text"]
+__all__ = ["print_run", "print_runs", "seconds_text"]
 
 _COLUMNS = {
     "run": "left",
     "policy": "left",
-    "validation": "right",
-    "test": "right",
-    "wall time": "right",
-    "peak memory": "right",
-    "parameters trained": "right",
-    "backward work": "right",
+    "val acc": "right",
+    "test acc": "right",
+    "time": "right",
+    "memory": "right",
+    "trained": "right",
+    "backward": "right",
 }
+_LEGEND = """\
+time, memory:       of the whole run; memory at its peak
+trained, backward:  shares of parameters trained and of backward work done"""
 
 
 def print_runs(runs: Iterable[str | Path], *, as_json: bool = False) -> None:
@@ -28,8 +32,21 @@ def print_runs(runs: Iterable[str | Path], *, as_json: bool = False) -> None:
     rows = comparison_table(runs)
     if as_json:
         print_json([asdict(row) for row in rows])
-    else:
-        print_table(_COLUMNS, [_cells(row) for row in rows])
+        return
+    print_table(_COLUMNS, [_cells(row) for row in rows])
+    out = console(sys.stdout)
+    for line in _LEGEND.splitlines():
+        out.print(line, soft_wrap=True)
+
+
+def print_run(run: str | Path) -> None:
+    """Print one run on stdout, a line per figure."""
+    (row,) = comparison_table([run])
+    labels = [COLUMNS[name] for name in asdict(row)]
+    out = console(sys.stdout)
+    for label, cell in zip(labels, _cells(row), strict=True):
+        name = label.partition(" (")[0]  # cells carry their own units
+        out.print(escape(f"{name:<21}{'-' if cell is None else cell}"), soft_wrap=True)
 
 
 def _cells(row: Row) -> Sequence[str | None]:

@@ -80,11 +80,18 @@ def table(
         rows: one cell per column; None is shown as a dash.
         title: line above the table.
     """
-    shown = Table(box=box.SIMPLE_HEAD, title=Text(escape(title)) if title else None)
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        title=Text(escape(title)) if title else None,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     shown.title_justify = "left"
     for heading, justify in columns.items():
         right = justify == "right"
-        shown.add_column(heading, justify="right" if right else "left", no_wrap=right)
+        shown.add_column(
+            heading, justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
     for row in rows:
         shown.add_row(*("-" if cell is None else Text(escape(cell)) for cell in row))
     return shown
