@@ -109,6 +109,9 @@ def test_groups_of_a_model_that_was_changed_since_are_not_reused(
     model.head = nn.Linear(8, 7)
     monkeypatch.setattr(freezing, "layer_groups", lambda root, example=None: groups_of(root))
     assert freeze(model, "blocks.1").frozen == {"blocks.0", "blocks.1"}
+    applied = applied_plan(model)
+    assert applied is not None
+    assert applied[0] == groups_of(model)
 
 
 @pytest.mark.parametrize(
