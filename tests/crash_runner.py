@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def run_child(output: str, settings: dict[str, Any], kill: dict[str, Any]) -> in
         try:
             os.close(reading)
             code = attempt(output, settings, kill, writing)
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             sys.stderr.flush()
             os._exit(code)

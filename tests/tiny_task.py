@@ -64,7 +64,7 @@ def tiny_data() -> dict[str, list[tuple[Image.Image, str]]]:
 
 
 def noise_data() -> dict[str, list[tuple[Image.Image, str]]]:
-    """Labels that say nothing about the pictures: nothing to learn, so patience runs out."""
+    """Two labels that say nothing about the pictures: nothing to learn, so patience runs out."""
     parts = tiny_data()
     return {
         name: [(picture, CLASSES[i * i % 3]) for i, (picture, _) in enumerate(part[::-1])]

@@ -146,14 +146,22 @@ def test_the_proof_names_every_frozen_tensor_with_its_bits(finished):
     assert all((hold["from_step"], hold["to_step"]) == (0, 6) for hold in holds)
 
 
+def best_weights(run: Run, *, steps_per_epoch: int) -> torch.nn.Module:
+    model, _ = tiny_task.tiny_model(len(run.record.header["labels"]))
+    step = run.summary["best_epoch"] * steps_per_epoch
+    assert load_checkpoint(run.path / "best", model=model, step=step, streams=()) == {}
+    return model
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    other = b.state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in a.state_dict().items())
+
+
 def test_the_tuned_model_is_the_best_one(finished):
     run, _ = finished
     loaded = frostline.load(run)
-    model, _ = tiny_task.tiny_model(3)
-    best = run.summary["best_epoch"] * 3
-    assert load_checkpoint(run.path / "best", model=model, step=best, streams=()) == {}
-    for name, tensor in loaded.model.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert same_weights(loaded.model, best_weights(run, steps_per_epoch=3))
     assert not loaded.model.training
     pictures = tiny_task.tiny_data()["test"]
     hits = [
@@ -171,6 +179,11 @@ def test_patience_stops_and_the_best_epoch_counts(tmp_path: Path):
     assert run.summary["stopped_early"]
     assert run.summary["epochs_run"] == run.summary["best_epoch"] + 1 < 12
     assert run.summary["val_accuracy"] == run.metrics[-2]["val_accuracy"]
+    tuned = frostline.load(run).model
+    assert same_weights(tuned, best_weights(run, steps_per_epoch=3))
+    last, _ = tiny_task.tiny_model(2)
+    load_checkpoint(run.path / "checkpoints", model=last, allow_inexact=True)
+    assert not same_weights(tuned, last)
 
 
 # -- calling again -------------------------------------------------------------------------------

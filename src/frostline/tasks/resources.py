@@ -77,7 +77,8 @@ class Interrupt:
 
     def __exit__(self, *exception: object) -> None:
         if self._installed:
-            signal.signal(signal.SIGINT, self._before)
+            # None: a handler that was not set from Python, and cannot be put back from it.
+            signal.signal(signal.SIGINT, self._before or signal.default_int_handler)
             self._installed = False
 
     def check(self) -> None:

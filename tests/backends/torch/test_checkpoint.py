@@ -497,9 +497,7 @@ def check_after_fault(folder: Path, model: nn.Module) -> int:
     """At least one whole checkpoint is there, and it holds what its step says."""
     extra = load_checkpoint(folder, model=model)
     assert extra is not None
-    assert model.weight[0, 0] == extra["step"]
-    _io.sweep(folder)
-    assert all(name.startswith("step-") for name in os.listdir(folder))
+    assert (model.weight == extra["step"]).all()
     return extra["step"]
 
 
@@ -533,6 +531,7 @@ def test_a_whole_checkpoint_exists_whatever_fails(tmp_path, fault, for_ever):
         fresh.weight.data.fill_(4)
         save_checkpoint(folder, model=fresh, step=4, extra={"step": 4})
         assert check_after_fault(folder, fresh) == 4
+        assert all(name.startswith("step-") for name in os.listdir(folder))  # the save swept
     assert outcomes == {2, 3}
 
 
