@@ -106,6 +106,17 @@ def test_a_finished_run_is_left_as_it_is(cli, finished, photos):
     assert "finished already" in done.err
 
 
+def test_fresh_starts_over_and_keeps_the_earlier_run(cli, photos):
+    short = ("--epochs", "1", "--policy", "linear-probe")
+    assert _fit(cli, photos, *short).code == 0
+    before = Path("out/record.jsonl").read_bytes()
+    again = _fit(cli, photos, *short, "--fresh")
+    assert again.code == 0
+    assert "run folder out" in again.err
+    assert Path("out.old-001/record.jsonl").read_bytes() == before
+    assert {p.name for p in Path("out").iterdir()} == WHOLE
+
+
 def test_predict_prints_labels_and_probabilities(cli, finished, photos):
     pictures = [photos / "red/0.png", photos / "green/0.png"]
     done = cli("predict", finished, *pictures, "--json", "--top", "2")
