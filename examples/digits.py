@@ -18,7 +18,7 @@ from pathlib import Path
 from frostline.cli.progress import follow
 from frostline.cli.results import print_runs
 from frostline.errors import FrostlineError, ModelError
-from frostline.study.records import comparison_table
+from frostline.records import comparison_table
 
 POLICIES = ("full", "linear-probe", "gradual:groups_per_step=2")
 EPOCHS = 6

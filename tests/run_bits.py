@@ -10,7 +10,7 @@ from typing import Any
 
 from frostline._io import read_lines, verify_folder
 from frostline.backends.torch.checkpoint import checkpoint_folders
-from frostline.study.records import without_costs
+from frostline.records import without_costs
 
 #: Keys of a summary that depend on the clock or the machine.
 _CLOCK = ("wall_s", "measure_s", "policy_s", "signals_s", "apply_s", "digest_s")

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models_for_tests import efficientnet_lite0_weights
-from shared import shared
 
 import frostline
+from shared import shared
 
 RESNET = {
     "image_size": 32,
@@ -69,13 +68,25 @@ def test_caltech20_full_and_gradual(tmp_path: Path) -> None:
     assert full >= scratch + 0.15
 
 
+@pytest.fixture
+def lite0_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """EfficientNet-lite0's ImageNet weights, converted as the demo converts them."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
+    monkeypatch.chdir(tmp_path)
+    import digits
+
+    digits.convert_weights()
+    return digits.WEIGHTS.resolve()
+
+
 @pytest.mark.slow
-def test_flowers5_linear_probing_of_efficientnet_lite0(tmp_path: Path) -> None:
-    weights = efficientnet_lite0_weights(tmp_path / "lite0.safetensors")
+def test_flowers5_linear_probing_of_efficientnet_lite0(tmp_path: Path, lite0_weights: Path) -> None:
     data = str(shared("data/flowers5"))
     model = "timm:tf_efficientnet_lite0"
     options: dict[str, Any] = {**LITE0, "epochs": 8, "head_lr": 1e-2, "patience": None}
-    probe = accuracy(tmp_path / "probe", model, data, "linear-probe", weights=weights, **options)
+    probe = accuracy(
+        tmp_path / "probe", model, data, "linear-probe", weights=lite0_weights, **options
+    )
     random = accuracy(tmp_path / "random", model, data, "linear-probe", weights="random", **options)
     assert probe >= 0.856 - 0.03
     assert probe >= random + 0.25

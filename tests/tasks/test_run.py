@@ -29,7 +29,7 @@ from frostline.errors import (
     StorageError,
 )
 from frostline.policies.scheduled import Gradual
-from frostline.study.records import comparison_table
+from frostline.records import comparison_table
 from frostline.tasks import folder as folders
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.folder import claim

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from frostline.cli.terminal import bytes_text, console, escape, print_json, print_table
-from frostline.study.records import COLUMNS, Row, comparison_table
+from frostline.records import COLUMNS, Row, comparison_table
 
 __all__ = ["print_run", "print_runs", "seconds_text"]
 

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from frostline.cli.results import print_runs
 from frostline.errors import DataError
-from frostline.study.records import RECORD_NAME
+from frostline.records import RECORD_NAME
 
 __all__ = ["runs"]
 

@@ -17,7 +17,7 @@ import filelock
 
 from frostline import _io
 from frostline.errors import ConfigError, FrostlineError, StorageError
-from frostline.study.records import RECORD_NAME, read_run
+from frostline.records import RECORD_NAME, read_run
 from frostline.tasks.config import RunConfig
 
 __all__ = ["RunFolder", "asked_settings", "claim", "log_to"]

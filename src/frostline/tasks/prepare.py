@@ -16,7 +16,7 @@ from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.measure import measure_costs
 from frostline.errors import DataError
 from frostline.groups import GroupCost, LayerGroups
-from frostline.study.records import read_run
+from frostline.records import read_run
 from frostline.tasks.config import RunConfig
 from frostline.tasks.folder import RunFolder, asked_settings
 from frostline.tasks.loop import Parts

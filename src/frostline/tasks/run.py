@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from frostline import _io
 from frostline.errors import ConfigError, DataError
 from frostline.policy import Policy
+from frostline.records import RunRecord, read_run
 from frostline.registry import policy_text
-from frostline.study.records import RunRecord, read_run
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.folder import RunFolder, claim, log_to
 from frostline.tasks.resources import borrowed_process

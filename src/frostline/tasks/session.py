@@ -25,7 +25,7 @@ from frostline.backends.torch.checkpoint import (
 from frostline.driver import Certificate, Hold
 from frostline.errors import StorageError
 from frostline.policy import Decision
-from frostline.study.records import RunRecorder, read_run
+from frostline.records import RunRecorder, read_run
 from frostline.tasks.config import RunConfig, dump_config
 from frostline.tasks.folder import RunFolder
 from frostline.tasks.loop import Listener, LoopState, TrainingLoop

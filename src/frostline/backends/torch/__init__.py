@@ -1,0 +1,1 @@
+"""The PyTorch backend: layer groups, freezing, costs, optimizer side, checkpoints."""

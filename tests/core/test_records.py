@@ -12,7 +12,7 @@ from frostline.driver import Certificate, Hold
 from frostline.errors import DamagedFile, DataError
 from frostline.plan import FreezePlan
 from frostline.policy import Decision
-from frostline.study.records import (
+from frostline.records import (
     COLUMNS,
     Row,
     RunRecorder,
