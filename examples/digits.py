@@ -20,7 +20,7 @@ from frostline.cli.results import print_runs
 from frostline.errors import FrostlineError, ModelError
 from frostline.records import comparison_table
 
-POLICIES = ("full", "linear-probe", "gradual:groups_per_step=2")
+POLICIES = ("full", "linear-probe", "gradual:until=30%")
 EPOCHS = 6
 OUTPUT = Path("runs/demo")
 WEIGHTS = OUTPUT / "efficientnet_lite0.safetensors"
