@@ -17,6 +17,7 @@ __all__ = [
     "GroupReport",
     "backward_share",
     "group_reports",
+    "plan_line",
     "predicted_step_s",
     "prefix_bound",
     "trained_share",
@@ -94,6 +95,21 @@ def prefix_bound(frozen_fraction: float, *, frozen_prefix_cached: bool = False) 
     if frozen_prefix_cached:
         return 1 / (1 - f) if f < 1 else float("inf")
     return 3 / (3 - 2 * f)
+
+
+def plan_line(groups: LayerGroups, plan: FreezePlan) -> str:
+    """A plan in one line for people, with the predicted step time where costs were measured.
+
+    Example:
+        >>> groups = LayerGroups((LayerGroup("a", 0, ()), LayerGroup("b", 1, ())))
+        >>> plan_line(groups, FreezePlan())
+        'frozen 0 of 2 groups: all 0 parameters train'
+    """
+    line = plan.summary(groups)
+    full = predicted_step_s(groups, _FULL) if groups.measured and plan.frozen else 0.0
+    if not full:
+        return line
+    return f"{line}, step predicted {predicted_step_s(groups, plan) / full:.2f} of full"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from typing import Any
 
 from frostline.backend import Backend
 from frostline.clock import Duration, Progress
-from frostline.errors import BackendError, FrozenTensorChanged, PolicyError, StorageError
+from frostline.cost import plan_line
+from frostline.errors import BackendError, FrozenTensorChanged, PolicyError, StorageError, few
 from frostline.plan import FreezePlan
 from frostline.policy import Decision, Event, EventKind, Policy, State
 from frostline.signals import compute_signal
@@ -171,7 +172,7 @@ class Driver:
             _log.warning(
                 "step %d: something outside changed the freezing of %s; restored",
                 self.progress.step,
-                _few(moved),
+                few(moved),
             )
         return self.plan
 
@@ -313,7 +314,7 @@ class Driver:
         self.plan = plan
         decision = Decision(self.progress.step, plan, dict(self._signals), dict(metrics))
         self.decisions.append(decision)
-        _log.info("step %d: %s", self.progress.step, plan.summary(self.backend.groups))
+        _log.info("step %d: %s", self.progress.step, plan_line(self.backend.groups, plan))
         if self.on_decision is not None:
             self.on_decision(decision)
 
@@ -329,18 +330,13 @@ class Driver:
         with self.costs.charge("digest_s"):
             now = self.backend.fingerprint(names)
         if missing := [name for name in names if name not in now]:
-            raise BackendError("check frozen tensors", found=f"no digest for {_few(missing)}")
+            raise BackendError("check frozen tensors", found=f"no digest for {few(missing)}")
         moved = [name for name in sorted(names) if now[name] != self._held[name][0]]
         if moved:
             raise FrozenTensorChanged(
                 f"go on: frozen tensors changed by step {self.progress.step}",
-                found=f"{_few(moved)}: other bits than when frozen at step "
+                found=f"{few(moved)}: other bits than when frozen at step "
                 f"{self._held[moved[0]][1]}",
                 fix="find what writes to them (weight averaging, a manual copy, a module that "
                 "edits itself), or leave their groups trainable",
             )
-
-
-def _few(names: list[str] | tuple[str, ...]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -32,6 +32,7 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 __all__ = [
@@ -85,6 +86,17 @@ class FrostlineError(Exception):
 
 def _rebuild(kind: type[FrostlineError], asked: str, found: str, fix: str) -> FrostlineError:
     return kind(asked, found=found, fix=fix)
+
+
+def few(names: Sequence[str], *, most: int = 3) -> str:
+    """Names for a message: the first ones, and how many more there are.
+
+    Example:
+        >>> few(["a", "b", "c", "d"])
+        'a, b, c and 1 more'
+    """
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 class UsageError(FrostlineError):

@@ -9,6 +9,7 @@ from core_strategies import plans
 from frostline.cost import (
     backward_share,
     group_reports,
+    plan_line,
     predicted_step_s,
     prefix_bound,
     trained_share,
@@ -93,3 +94,11 @@ def test_unmeasured_groups_are_refused() -> None:
     groups = LayerGroups((LayerGroup("a", 0, (TensorInfo("a.w"),)),))
     with pytest.raises(PlanError, match="measure"):
         predicted_step_s(groups, FreezePlan())
+
+
+def test_the_line_says_what_a_step_will_take() -> None:
+    groups = uniform(4)
+    assert plan_line(groups, prefix(groups, 2)).endswith("depth 2, step predicted 0.64 of full")
+    assert "predicted" not in plan_line(groups, FreezePlan())
+    bare = LayerGroups((LayerGroup("a", 0, ()), LayerGroup("b", 1, ())))
+    assert "predicted" not in plan_line(bare, FreezePlan(frozen=frozenset({"a"})))

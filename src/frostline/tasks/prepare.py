@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from frostline.backends.torch.backend import as_found
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.freeze import torch_driver
 from frostline.backends.torch.grouping import layer_groups
@@ -100,6 +101,7 @@ def prepare(config: RunConfig, folder: RunFolder, device: torch.device) -> Prepa
         steps_per_epoch=batching.steps_per_epoch,
         groups=groups,
         optimizer_state=config.optimizer_state,
+        fixed=as_found(model),  # what the model's author froze (sinusoidal positions) stays so
     )
     scheduler = build_schedule(config, optimizer, driver.progress)
     forward, scaler = mixed_precision(config, device)

@@ -22,6 +22,7 @@ from frostline.backends.torch.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from frostline.cost import plan_line
 from frostline.driver import Certificate, Hold
 from frostline.errors import StorageError
 from frostline.policy import Decision
@@ -127,7 +128,7 @@ class Session:
         if not resumed:
             _log.info("new run in %s", self.folder.path)
         plan = driver.start()  # a new driver says its first plan by itself
-        summary = plan.summary(self.prepared.groups)
+        summary = plan_line(self.prepared.groups, plan)
         if resumed:
             _log.info("going on in %s after update %d", self.folder.path, step)
             _log.info("step %d: %s", step, summary)
@@ -171,7 +172,7 @@ class Session:
 
     def _decided(self, decision: Decision) -> None:
         self.recorder.decision(decision)
-        summary = decision.plan.summary(self.prepared.groups)
+        summary = plan_line(self.prepared.groups, decision.plan)
         event = {"kind": "decision", "step": decision.step, "plan": summary}
         self.on_event(event | {"reason": decision.plan.reason})
 

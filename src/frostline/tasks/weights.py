@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from frostline.errors import ModelError
+from frostline.errors import ModelError, few
 
 __all__ = ["covering_glob", "find_head", "load_into", "read_weights"]
 
@@ -174,9 +174,8 @@ def _raise_unless_fitting(
     )
 
 
-def _first(names: list[str], *, shown: int = 3) -> str:
-    more = f", and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(_escaped(n) for n in names[:shown]) + more
+def _first(names: list[str]) -> str:
+    return few([_escaped(name) for name in names])
 
 
 def _escaped(name: str) -> str:

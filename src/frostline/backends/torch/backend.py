@@ -36,7 +36,7 @@ from frostline.backends.torch.optimizer import (
     release_state,
     restart_state,
 )
-from frostline.errors import BackendError
+from frostline.errors import BackendError, few
 from frostline.groups import LayerGroup, LayerGroups
 from frostline.plan import FreezePlan
 
@@ -190,7 +190,7 @@ class TorchBackend:
         if self._optimizer is None:
             if plan.lr_scale:
                 raise BackendError(
-                    f"scale the learning rate of {_few(sorted(plan.lr_scale))}",
+                    f"scale the learning rate of {few(sorted(plan.lr_scale))}",
                     found="this backend was given no optimizer",
                     fix="TorchBackend(model, optimizer)",
                 )
@@ -216,7 +216,7 @@ class TorchBackend:
         if other := [n for n, p in self._parameters.items() if now[n] is not p]:
             raise BackendError(
                 "apply a plan",
-                found=f"parameters replaced since the groups were found: {_few(other)}",
+                found=f"parameters replaced since the groups were found: {few(other)}",
                 fix="change the model first, then build the optimizer and the driver",
             )
 
@@ -229,7 +229,7 @@ class TorchBackend:
                 "%d parameters did not require grad before (%s); from now on the plan decides. "
                 "Name those that must never train in TorchBackend(fixed=...)",
                 len(found),
-                _few(found),
+                few(found),
             )
 
 
@@ -303,13 +303,13 @@ def _resolve(root: nn.Module, groups: LayerGroups) -> dict[str, Tensor]:
     if missing := [n for n, p in root.named_parameters() if id(p) not in ids]:
         raise BackendError(
             "freeze by these layer groups",
-            found=f"{len(missing)} parameters of the model in no group: {_few(missing)}",
+            found=f"{len(missing)} parameters of the model in no group: {few(missing)}",
             fix="find the groups on this very model: layer_groups(model)",
         )
     if lazy := [n for n, p in found.items() if nn.parameter.is_lazy(p)]:
         raise BackendError(
             "freeze this model",
-            found=f"parameters without a shape yet: {_few(lazy)}",
+            found=f"parameters without a shape yet: {few(lazy)}",
             fix="run the model once, then build the optimizer and the driver",
         )
     return found
@@ -346,8 +346,3 @@ def _dense(tensor: Tensor) -> Tensor:
 def _accumulated(tensor: Tensor) -> torch.dtype:
     # Half precision would overflow in the sum of squares; complex norms are asked for as complex.
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from frostline.backends.torch.blocks import Unit, divide, is_norm, type_name
 from frostline.backends.torch.example import Example, example_batch
 from frostline.backends.torch.tracing import Trace, check_runnable, trace_model
-from frostline.errors import SelectorMatchedNothing
+from frostline.errors import SelectorMatchedNothing, few
 from frostline.groups import LayerGroup, LayerGroups, ModuleInfo, TensorInfo
 
 __all__ = ["layer_groups"]
@@ -427,5 +427,4 @@ def _repeats(model: nn.Module, trace: Trace) -> Iterator[str]:
 
 
 def _list(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return few(names, most=NAMES_SHOWN)

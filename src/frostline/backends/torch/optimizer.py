@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frostline.backends.torch.digest import TensorTable
-from frostline.errors import BackendError, PlanError
+from frostline.errors import BackendError, PlanError, few
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 
@@ -110,7 +110,7 @@ def check_membership(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> 
         raise BackendError(
             "drive this optimizer",
             found=f"{len(missing)} of {len(parameters)} parameters are not in it and would never "
-            f"train: {_few(missing)}",
+            f"train: {few(missing)}",
             fix="build it over all parameters, frozen or not: "
             "torch.optim.AdamW(frostline.parameter_groups(model, groups, lr=...)); parameters "
             "that must never train are named in TorchBackend(fixed=...)",
@@ -119,7 +119,7 @@ def check_membership(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> 
     if twice:
         raise BackendError(
             "drive this optimizer",
-            found=f"parameters that are in it more than once: {_few(twice)}",
+            found=f"parameters that are in it more than once: {few(twice)}",
             fix="give each parameter to one parameter group only",
         )
 
@@ -201,7 +201,7 @@ class StepGuard:
                 "groups that should train got no gradient in the first update under this plan: "
                 "%s. Reentrant gradient checkpointing behind a frozen part does this (use "
                 "use_reentrant=False), and so does a part that does not reach the loss",
-                _few(silent),
+                few(silent),
             )
 
 
@@ -226,7 +226,7 @@ def group_scales(optimizer: Optimizer, plan: FreezePlan, group_of: Mapping[int, 
         factors = {plan.lr_scale.get(name, 1.0) for name in names}
         if len(factors) > 1:
             raise BackendError(
-                f"scale learning rates by layer group ({_few(sorted(names))})",
+                f"scale learning rates by layer group ({few(sorted(names))})",
                 found=f"optimizer group {number} mixes layer groups of different factors",
                 fix="build the optimizer from frostline.parameter_groups(model, groups, lr=...)",
             )
@@ -281,8 +281,3 @@ def fresh_state(
             fix="use optimizer_state='keep'",
         ) from error
     return dict(twin.state.get(parameter, {}))
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
