@@ -17,7 +17,14 @@ from typing import Any
 from frostline.backend import Backend
 from frostline.clock import Duration, Progress
 from frostline.cost import plan_line
-from frostline.errors import BackendError, FrozenTensorChanged, PolicyError, StorageError, few
+from frostline.errors import (
+    BackendError,
+    FrozenTensorChanged,
+    PolicyError,
+    StorageError,
+    TrainingError,
+    few,
+)
 from frostline.plan import FreezePlan
 from frostline.policy import Decision, Event, EventKind, Policy, State
 from frostline.signals import compute_signal
@@ -164,9 +171,7 @@ class Driver:
 
     def begin_step(self) -> FreezePlan:
         """Before the forward pass of an update: ask, apply, restore what outsiders moved."""
-        if self._stage != "running":
-            self.start()
-        else:
+        if not self._started():
             self._ask(EventKind.STEP, {})
         if moved := self.backend.hold():
             _log.warning(
@@ -208,8 +213,7 @@ class Driver:
 
     def evaluated(self, metrics: Mapping[str, float]) -> FreezePlan:
         """After an evaluation: let the policy see the metrics."""
-        if self._stage != "running":
-            self.start()
+        self._started()
         self._ask(EventKind.EVALUATED, dict(metrics))
         return self.plan
 
@@ -283,6 +287,18 @@ class Driver:
             self._verify(list(self._held))
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _started(self) -> bool:
+        """Start the run if it has not; whether this call did. Raises when it is over."""
+        if self._stage == "finished":
+            raise TrainingError(
+                f"go on after step {self.progress.step}",
+                found="a driver whose run is finished: its proof is complete",
+                fix="a new driver for more training",
+            )
+        new = self._stage == "new"
+        self.start()
+        return new
 
     def _due(self) -> list[str]:
         """Signals whose interval ends with the present step."""

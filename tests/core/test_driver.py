@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from frostline.clock import Duration
 from frostline.compose import Guard, Union
 from frostline.driver import Driver
-from frostline.errors import BackendError, FrozenTensorChanged, PlanError, PolicyError, StorageError
+from frostline.errors import (
+    BackendError,
+    FrozenTensorChanged,
+    PlanError,
+    PolicyError,
+    StorageError,
+    TrainingError,
+)
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policies.scheduled import Gradual
@@ -167,6 +174,18 @@ def test_the_certificate_lists_every_span() -> None:
     assert all(len(h.sha256) == 64 for h in certificate.holds)
     assert certificate.check_s > 0
     assert driver.finish() == certificate  # finishing twice is finishing once
+
+
+def test_a_finished_run_does_not_go_on() -> None:
+    """What it would train then would be in no proof."""
+    case = NumpyCase()
+    driver = driver_for(case, LinearProbe())
+    train(case, driver, 2)
+    driver.finish()
+    with pytest.raises(TrainingError, match="finished"):
+        driver.begin_step()
+    with pytest.raises(TrainingError, match="finished"):
+        driver.evaluated({"loss": 1.0})
 
 
 def test_what_outsiders_change_is_restored_and_said(caplog: pytest.LogCaptureFixture) -> None:
