@@ -83,7 +83,7 @@ def lite0_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_flowers5_linear_probing_of_efficientnet_lite0(tmp_path: Path, lite0_weights: Path) -> None:
     data = str(shared("data/flowers5"))
     model = "timm:tf_efficientnet_lite0"
-    options: dict[str, Any] = {**LITE0, "epochs": 8, "head_lr": 1e-2, "patience": None}
+    options: dict[str, Any] = {**LITE0, "epochs": 4, "head_lr": 1e-2, "patience": None}
     probe = accuracy(
         tmp_path / "probe", model, data, "linear-probe", weights=lite0_weights, **options
     )

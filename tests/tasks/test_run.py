@@ -425,7 +425,9 @@ def test_peak_memory_starts_with_the_run():
     if peak.read() > high - 200_000_000:
         pytest.skip("this sandbox forbids resetting the high-water mark")
     block = np.ones(100_000_000, dtype=np.uint8)
-    assert high - 200_000_000 < peak.read() < high
+    assert (
+        high - 250_000_000 < peak.read() < high - 150_000_000
+    )  # the base itself may shift a little
     del block
 
 
