@@ -16,6 +16,8 @@ import pytest
 import frostline
 from shared import shared
 
+pytestmark = pytest.mark.timeout(3600)  # long on a busy machine, and slow is not wrong
+
 RESNET = {
     "image_size": 32,
     "image_mean": (0.485, 0.456, 0.406),
