@@ -114,7 +114,7 @@ def _start_small(model: nn.Module, fresh: tuple[str, ...]) -> None:
 
     Some architectures start them for training from scratch, many times larger (EfficientNet's by
     the number of classes): pretrained features then meet confident nonsense. Probing flowers with
-    EfficientNet-lite0 lost five points to it.
+    EfficientNet-lite0 lost several points to it.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight" in fresh:
