@@ -23,4 +23,15 @@ def plans(draw: st.DrawFn) -> FreezePlan:
     scales = draw(
         st.dictionaries(st.sampled_from(GROUPS.names), st.floats(0, 4, allow_nan=False), max_size=3)
     )
-    return FreezePlan(frozen, exempt, scales, draw(some), draw(some), draw(st.text(max_size=5)))
+    return FreezePlan(
+        frozen,
+        exempt,
+        scales,
+        live_norm=draw(some),
+        live_dropout=draw(some),
+        released=draw(some),
+        phase=draw(st.integers(0, 3)),
+        keep_best=draw(st.sampled_from(["", "min val_loss", "max val_accuracy"])),
+        done=draw(st.booleans()),
+        reason=draw(st.text(max_size=5)),
+    )

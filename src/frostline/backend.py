@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.signals import Probe
+from frostline.signals import Array, Probe
 
 __all__ = ["Backend"]
 
@@ -54,6 +54,41 @@ class Backend(Protocol):
         """SHA-256 (hex) of the bytes of the named parameters and buffers."""
         ...
 
-    def probe(self) -> Probe:
-        """A side-effect-free view for signals."""
+    def probe(self, loss: float | None = None) -> Probe:
+        """A side-effect-free view for signals; `loss` is what `Probe.loss` answers."""
+        ...
+
+    def widen(self) -> None:
+        """For one step, compute gradients of frozen groups, too: before its forward pass.
+
+        Modes stay as the plan has them. Whatever happens to the step, `narrow`, `hold` and
+        `apply` end it, and no frozen tensor moves: its gradient is dropped before the update.
+        """
+        ...
+
+    def narrow(self) -> None:
+        """End what `widen` began: drop the gradients of frozen groups. Idempotent."""
+        ...
+
+    def keep_batch(self) -> None:
+        """Keep the inputs of the model's next forward pass in training as the probe batch.
+
+        Does nothing once a batch is kept.
+        """
+        ...
+
+    def kept(self) -> Any:
+        """The probe batch for a checkpoint: plain values with arrays as leaves, None if none."""
+        ...
+
+    def restore_kept(self, kept: Any) -> None:
+        """Take the probe batch of a checkpoint back."""
+        ...
+
+    def weights(self) -> Mapping[str, Array]:
+        """Copies of all parameters and buffers, by name."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Array]) -> None:
+        """Write all parameters and buffers back; the optimizer forgets what it remembered."""
         ...

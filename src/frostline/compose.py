@@ -10,7 +10,7 @@ import abc
 import hashlib
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ __all__ = [
     "Every",
     "Guard",
     "KeepTrainable",
+    "Live",
     "MaxFrozen",
     "Placebo",
     "PrefixOnly",
@@ -57,6 +58,10 @@ class Union(Policy):
     def needs(self) -> tuple[Need, ...]:
         """What any of them needs."""
         return tuple(need for p in self.policies for need in p.needs())
+
+    def notice(self) -> str:
+        """What any of them has to say."""
+        return _notices(self.policies)
 
     def init(self, groups: LayerGroups) -> State:
         """The states of all."""
@@ -88,8 +93,19 @@ class Then(Policy):
     second: Policy
 
     def needs(self) -> tuple[Need, ...]:
-        """What either needs."""
-        return (*self.first.needs(), *self.second.needs())
+        """What either needs, in its own phase."""
+        first = (
+            replace(n, until=n.until or (self.after,))
+            for n in self.first.needs()
+            if n.every is not None
+        )
+        second = (_after(self.after, n) for n in self.second.needs())
+        static = (n for n in self.first.needs() if n.every is None)
+        return (*static, *first, *second)
+
+    def notice(self) -> str:
+        """What either has to say."""
+        return _notices((self.first, self.second))
 
     def init(self, groups: LayerGroups) -> State:
         """The first policy's state; the second's is made at the boundary, but checked now."""
@@ -114,8 +130,8 @@ class Then(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class _Wrapper(Policy):
-    """A policy that changes the plan of another one and keeps no state of its own."""
+class _Around(Policy):
+    """A policy around another one."""
 
     policy: Policy
 
@@ -123,9 +139,18 @@ class _Wrapper(Policy):
         """What the inner policy needs."""
         return self.policy.needs()
 
+    def notice(self) -> str:
+        """What the inner policy has to say."""
+        return self.policy.notice()
+
     def init(self, groups: LayerGroups) -> State:
         """The inner state."""
         return self.policy.init(groups)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrapper(_Around):
+    """A policy that changes the plan of another one and keeps no state of its own."""
 
     def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
         """The inner plan, changed."""
@@ -212,7 +237,28 @@ class PrefixOnly(_Wrapper):
 
 
 @dataclass(frozen=True, slots=True)
-class Every(Policy):
+class Live(_Wrapper):
+    """Frozen groups keep their normalisation statistics or their dropout live.
+
+    Attributes:
+        policy: the inner policy.
+        norm: statistics of every frozen group follow the data.
+        dropout: dropout of every frozen group stays active.
+    """
+
+    norm: bool = True
+    dropout: bool = False
+
+    def change(self, groups: LayerGroups, plan: FreezePlan, event: Event) -> FreezePlan:
+        """The plan with those switches."""
+        del groups, event
+        norm = plan.frozen if self.norm else plan.live_norm
+        dropout = plan.frozen if self.dropout else plan.live_dropout
+        return replace(plan, live_norm=norm, live_dropout=dropout)
+
+
+@dataclass(frozen=True, slots=True)
+class Every(_Around):
     """Ask the inner policy only once per interval; in between its last plan holds.
 
     Attributes:
@@ -220,12 +266,7 @@ class Every(Policy):
         interval: time between two questions. Evaluations are passed on whenever they come.
     """
 
-    policy: Policy
-    interval: Duration
-
-    def needs(self) -> tuple[Need, ...]:
-        """What the inner policy needs."""
-        return self.policy.needs()
+    interval: Duration = _ONE_EPOCH
 
     def init(self, groups: LayerGroups) -> State:
         """The inner state, and no plan yet."""
@@ -241,7 +282,7 @@ class Every(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class CostVeto(Policy):
+class CostVeto(_Around):
     """Refuse freezing that saves less over the rest of the run than it costs to switch.
 
     Attributes:
@@ -251,12 +292,7 @@ class CostVeto(Policy):
     Needs measured group costs and a known number of steps.
     """
 
-    policy: Policy
     switch_cost_s: float = 0.0
-
-    def needs(self) -> tuple[Need, ...]:
-        """What the inner policy needs."""
-        return self.policy.needs()
 
     def init(self, groups: LayerGroups) -> State:
         """The inner state; raises if costs were never measured."""
@@ -290,7 +326,7 @@ class CostVeto(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class Guard(Policy):
+class Guard(_Around):
     """Unfreeze everything while a validation metric is worse than its best by too much.
 
     Attributes:
@@ -303,15 +339,10 @@ class Guard(Policy):
     It lets go again as soon as the metric is back within the tolerance.
     """
 
-    policy: Policy
-    metric: str = "loss"
+    metric: str = "val_loss"
     mode: Literal["min", "max"] = "min"
     tolerance: float = 0.0
     patience: int = 1
-
-    def needs(self) -> tuple[Need, ...]:
-        """What the inner policy needs."""
-        return self.policy.needs()
 
     def init(self, groups: LayerGroups) -> State:
         """No best value yet."""
@@ -346,7 +377,7 @@ class Guard(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class Placebo(Policy):
+class Placebo(_Around):
     """A control: the same rule fed the same signal values, shuffled between groups.
 
     If a policy does no better than its placebo, its signals carried no information.
@@ -356,16 +387,7 @@ class Placebo(Policy):
         seed: of the shuffles; each sample of each signal has its own permutation.
     """
 
-    policy: Policy
     seed: int = 0
-
-    def needs(self) -> tuple[Need, ...]:
-        """What the inner policy needs."""
-        return self.policy.needs()
-
-    def init(self, groups: LayerGroups) -> State:
-        """The inner state."""
-        return self.policy.init(groups)
 
     def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
         """The inner decision on shuffled signals."""
@@ -378,3 +400,15 @@ class Placebo(Policy):
         order = list(values.values())
         random.Random(hashlib.sha256(key).digest()).shuffle(order)  # noqa: S311 - no secret
         return dict(zip(values, order, strict=True))
+
+
+def _notices(policies: Iterable[Policy]) -> str:
+    return " ".join(dict.fromkeys(text for p in policies if (text := p.notice())))
+
+
+def _after(boundary: Duration, need: Need) -> Need:
+    """The need on a clock that starts at the boundary; static ones are read before any."""
+    if need.every is None:
+        return need
+    until = None if need.until is None else (boundary, *need.until)
+    return replace(need, after=(boundary, *need.after), until=until)

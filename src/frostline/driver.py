@@ -8,6 +8,7 @@ the proof that frozen tensors kept their bits.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from frostline.backend import Backend
-from frostline.clock import Duration, Progress
+from frostline.clock import Progress
 from frostline.cost import plan_line
 from frostline.errors import (
     BackendError,
@@ -25,14 +26,16 @@ from frostline.errors import (
     TrainingError,
     few,
 )
+from frostline.gauges import Gauges
 from frostline.plan import FreezePlan
 from frostline.policy import Decision, Event, EventKind, Policy, State
-from frostline.signals import compute_signal
 
 __all__ = ["Certificate", "Driver", "Hold"]
 
 _log = logging.getLogger("frostline")
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
+#: A change of learning rates alone enters the record at most this often in a run.
+_RECORDED_RATES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,8 @@ class _Costs:
     signals_s: float = 0.0
     apply_s: float = 0.0
     digest_s: float = 0.0
+    signal_s: dict[str, float] = field(default_factory=dict)
+    widened_steps: int = 0
 
     @contextmanager
     def charge(self, purpose: str) -> Iterator[None]:
@@ -106,7 +111,8 @@ class Driver:
         plan: the plan in force.
         decisions: every change of plan so far.
         progress: updates completed and totals.
-        costs: seconds spent in the policy, in signals, in applying and in digests.
+        costs: seconds spent in the policy, in signals, in applying and in digests; what each
+            signal took; and how many steps ran backward through frozen groups for a signal.
 
     Example:
         One optimizer update is one step, however many micro-batches it accumulates::
@@ -134,8 +140,8 @@ class Driver:
     progress: Progress = field(init=False)
     costs: _Costs = field(init=False, default_factory=_Costs)
     _state: State = field(init=False, default_factory=dict)
-    _signals: dict[str, Mapping[str, float]] = field(init=False, default_factory=dict)
-    _needs: dict[str, Duration] = field(init=False, default_factory=dict)
+    _gauges: Gauges = field(init=False)
+    _best: dict[str, Any] | None = field(init=False, default=None)  # value, weights
     _held: dict[str, tuple[str, int]] = field(init=False, default_factory=dict)  # name: sha, since
     _holds: list[Hold] = field(init=False, default_factory=list)
     _stage: str = field(init=False, default="new")
@@ -143,10 +149,8 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.progress = Progress(0, self.total_steps, self.steps_per_epoch)
-        for need in self.policy.needs():
-            known = self._needs.get(need.signal)
-            if known is None or need.every.steps(self.progress) < known.steps(self.progress):
-                self._needs[need.signal] = need.every
+        self._gauges = Gauges(self.policy.needs(), self.progress)
+        self.costs.signal_s = self._gauges.seconds
 
     # -- the loop's side ---------------------------------------------------------------------
 
@@ -155,7 +159,12 @@ class Driver:
         if self._stage != "new":
             return self.plan
         self._stage = "running"
+        if notice := self.policy.notice():
+            _log.warning("%s", notice)
         self._state = self.policy.init(self.backend.groups)
+        if self._gauges.static:
+            with self.costs.charge("signals_s"):
+                self._gauges.read_static(self.backend.probe(), self.backend.groups)
         self._ask(EventKind.START, {}, first=True)
         return self.plan
 
@@ -179,18 +188,34 @@ class Driver:
                 self.progress.step,
                 few(moved),
             )
+        self._sampled = False
+        if self._gauges.keeps_batch and self.progress.step == 0:
+            self.backend.keep_batch()
+        if self.plan.frozen and self._gauges.wants_frozen(self.progress.step):
+            self.backend.widen()
+            self.costs.widened_steps += 1
         return self.plan
 
-    def sample(self) -> None:
+    @property
+    def sampling(self) -> bool:
+        """Whether the present step has signals to sample that were not sampled yet."""
+        return not self._sampled and bool(self._gauges.due(self.progress.step))
+
+    def sample(self, loss: float | None = None) -> None:
         """Between backward and `optimizer.step()`: sample the signals that are due.
 
-        Needed only for policies that read signals; sampling twice in a step is harmless.
+        Needed only for policies that read signals; `torch_driver` does it by itself. Further
+        calls in a step do nothing.
+
+        Args:
+            loss: the training loss of this step, for policies that read it.
         """
-        if due := self._due():
-            with self.costs.charge("signals_s"):
-                probe = self.backend.probe()
-                for name in due:
-                    self._signals[name] = compute_signal(name, probe, self.backend.groups)
+        if not self.sampling:
+            return
+        with self.costs.charge("signals_s"):
+            probe = self.backend.probe(loss)
+            self._gauges.sample(self.progress.step, probe, self.backend.groups)
+            self.backend.narrow()
         self._sampled = True
 
     def end_step(self) -> None:
@@ -200,13 +225,13 @@ class Driver:
             FrozenTensorChanged: something wrote to a frozen tensor in this step.
             PolicyError: the policy's signals were due and never sampled.
         """
-        if not self._sampled and (due := self._due()):
+        if self.sampling:
+            due = self._gauges.due(self.progress.step)
             raise PolicyError(
                 f"decide on {', '.join(due)}",
                 found=f"no sample taken in step {self.progress.step}",
                 fix="call driver.sample() between backward() and optimizer.step()",
             )
-        self._sampled = False
         self.progress = Progress(self.progress.step + 1, self.total_steps, self.steps_per_epoch)
         if self.prove and (suspects := self.backend.written()):
             self._verify([name for name in suspects if name in self._held])
@@ -214,6 +239,7 @@ class Driver:
     def evaluated(self, metrics: Mapping[str, float]) -> FreezePlan:
         """After an evaluation: let the policy see the metrics."""
         self._started()
+        self._keep_best(metrics)
         self._ask(EventKind.EVALUATED, dict(metrics))
         return self.plan
 
@@ -238,7 +264,11 @@ class Driver:
     # -- resume ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on later, as plain JSON."""
+        """Everything needed to go on later: plain JSON, but for arrays.
+
+        Arrays are leaves of it only under policies whose signals remember tensors or that keep
+        the best weights of a phase; `save_checkpoint` stores them as safetensors.
+        """
         return {
             "format": _STATE_FORMAT,
             "policy": repr(self.policy),
@@ -246,7 +276,10 @@ class Driver:
             "stage": self._stage,
             "plan": self.plan.to_json(),
             "policy_state": self._state,
-            "signals": {name: dict(values) for name, values in self._signals.items()},
+            "gauges": self._gauges.state(),
+            "batch": self.backend.kept() if self._gauges.keeps_batch else None,
+            "best": self._best,
+            "widened_steps": self.costs.widened_steps,
             "decisions": [d.to_json() for d in self.decisions],
             "held": {name: list(entry) for name, entry in sorted(self._held.items())},
             "holds": Certificate(tuple(self._holds)).to_json(),
@@ -278,7 +311,11 @@ class Driver:
         self.decisions = [Decision.from_json(d) for d in state["decisions"]]
         self._stage = state["stage"]
         self._state = state["policy_state"]
-        self._signals = dict(state["signals"])
+        self._gauges.restore(state["gauges"])
+        self._best = state["best"]
+        self.costs.widened_steps = state["widened_steps"]
+        if state["batch"] is not None:
+            self.backend.restore_kept(state["batch"])
         self._held = {name: (sha, since) for name, (sha, since) in state["held"].items()}
         self._holds = [Hold(**hold) for hold in state["holds"]]
         if self._stage != "new":
@@ -300,26 +337,28 @@ class Driver:
         self.start()
         return new
 
-    def _due(self) -> list[str]:
-        """Signals whose interval ends with the present step."""
-        step = self.progress.step + 1
-        return [
-            name
-            for name, every in self._needs.items()
-            if step % max(1, every.steps(self.progress)) == 0
-        ]
-
     def _ask(self, kind: EventKind, metrics: Mapping[str, float], *, first: bool = False) -> None:
+        gauges = self._gauges
         with self.costs.charge("policy_s"):
-            event = Event(kind, self.progress, self._signals, metrics)
+            event = Event(kind, self.progress, gauges.values, metrics, gauges.sampled)
             plan, self._state = self.policy.decide(self.backend.groups, self._state, event)
-        if first or (plan is not self.plan and plan != self.plan):
+        if first:
             self._change(plan, metrics)
+        elif plan is not self.plan and plan != self.plan:
+            if self.plan.differs_only_in_rates(plan):
+                self._change_rates(plan)
+            else:
+                self._change(plan, metrics)
 
     def _change(self, plan: FreezePlan, metrics: Mapping[str, float]) -> None:
         plan.check(self.backend.groups)
         held = plan.held_tensors(self.backend.groups) if self.prove else frozenset()
         self._release([name for name in self._held if name not in held])
+        if plan.phase != self.plan.phase and self._best is not None:
+            self._verify(list(self._held))  # what is written back now must not hide a change
+            with self.costs.charge("apply_s"):
+                self.backend.load_weights(self._best["weights"])
+            self._best = None
         with self.costs.charge("apply_s"):
             self.backend.apply(plan)
         if new := [name for name in sorted(held) if name not in self._held]:
@@ -328,11 +367,40 @@ class Driver:
             self._held |= {name: (digests[name], self.progress.step) for name in new}
         self.backend.written()
         self.plan = plan
-        decision = Decision(self.progress.step, plan, dict(self._signals), dict(metrics))
-        self.decisions.append(decision)
         _log.info("step %d: %s", self.progress.step, plan_line(self.backend.groups, plan))
+        self._record(metrics)
+
+    def _change_rates(self, plan: FreezePlan) -> None:
+        """Learning rates may change at every step: applied each time, recorded now and then."""
+        with self.costs.charge("apply_s"):
+            self.backend.apply(plan)
+        self.plan = plan
+        spacing = max(1, (self.total_steps or 10_000) // _RECORDED_RATES)
+        if self.progress.step - self.decisions[-1].step >= spacing:
+            self._record({})
+
+    def _record(self, metrics: Mapping[str, float]) -> None:
+        values = {name: dict(found) for name, found in self._gauges.values.items()}
+        decision = Decision(self.progress.step, self.plan, values, dict(metrics))
+        self.decisions.append(decision)
         if self.on_decision is not None:
             self.on_decision(decision)
+
+    def _keep_best(self, metrics: Mapping[str, float]) -> None:
+        """Keep the weights if they are the best of this phase and the plan asks for that."""
+        mode, _, name = self.plan.keep_best.partition(" ")
+        if not name:
+            return
+        if name not in metrics:
+            raise PolicyError(
+                f"keep the best weights by {name!r}",
+                found=f"an evaluation with {', '.join(sorted(metrics)) or 'no metrics'}",
+                fix="name one of those in the policy",
+            )
+        value = metrics[name] if mode == "max" else -metrics[name]
+        if not math.isnan(value) and (self._best is None or value > self._best["value"]):
+            with self.costs.charge("apply_s"):
+                self._best = {"value": value, "weights": dict(self.backend.weights())}
 
     def _release(self, names: list[str]) -> None:
         self._verify(names)

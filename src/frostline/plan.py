@@ -29,6 +29,12 @@ class FreezePlan:
         lr_scale: factor on the learning rate by group name, >= 0; absent means 1.
         live_norm: frozen groups whose normalisation statistics still follow the data.
         live_dropout: frozen groups whose dropout stays active.
+        released: frozen groups of which the optimizer remembers nothing; they start afresh.
+        phase: number of the phase of training that this plan belongs to, >= 0.
+        keep_best: "min METRIC" or "max METRIC": the best weights by that metric are kept while
+            the phase lasts, and when a plan of another phase follows, training goes on from them
+            with a fresh optimizer. Empty: no weights are kept.
+        done: nothing more is to be gained, and the run may end at its next evaluation.
         reason: one sentence on why, for people; not part of equality.
 
     Plans form a lattice: `a | b` freezes what either freezes, and is associative, commutative
@@ -45,6 +51,10 @@ class FreezePlan:
     lr_scale: Mapping[str, float] = field(default_factory=dict, hash=False)
     live_norm: frozenset[str] = frozenset()
     live_dropout: frozenset[str] = frozenset()
+    released: frozenset[str] = frozenset()
+    phase: int = 0
+    keep_best: str = ""
+    done: bool = False
     reason: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +74,14 @@ class FreezePlan:
         put(self, "lr_scale", MappingProxyType(scales))
         put(self, "live_norm", frozenset(self.live_norm) & self.frozen)
         put(self, "live_dropout", frozenset(self.live_dropout) & self.frozen)
+        put(self, "released", frozenset(self.released) & self.frozen)
+        mode, _, metric = self.keep_best.partition(" ")
+        if self.keep_best and (mode not in ("min", "max") or not metric):
+            raise PlanError(
+                f"keep the best weights by {self.keep_best!r}",
+                found="neither 'min METRIC' nor 'max METRIC'",
+                fix="for example 'min val_loss'",
+            )
 
     @classmethod
     def freezing(
@@ -127,6 +145,10 @@ class FreezePlan:
             lr_scale=scales,
             live_norm=both(lambda p: p.live_norm),
             live_dropout=both(lambda p: p.live_dropout),
+            released=both(lambda p: p.released),
+            phase=max(self.phase, other.phase),
+            keep_best=max(self.keep_best, other.keep_best),
+            done=self.done and other.done,
             reason="; ".join(dict.fromkeys(r for r in (self.reason, other.reason) if r)),
         )
 
@@ -137,6 +159,14 @@ class FreezePlan:
     def because(self, reason: str) -> FreezePlan:
         """The same plan with another reason."""
         return replace(self, reason=reason)
+
+    def differs_only_in_rates(self, other: FreezePlan) -> bool:
+        """Whether the other plan is the same but for `lr_scale`."""
+        return (
+            self.lr_scale != other.lr_scale
+            and self.frozen == other.frozen
+            and self == replace(other, lr_scale=self.lr_scale)
+        )
 
     def trains(self, group: LayerGroup) -> bool:
         """Whether any parameter of the group trains."""
@@ -221,6 +251,10 @@ class FreezePlan:
             "lr_scale": dict(sorted(self.lr_scale.items())),
             "live_norm": sorted(self.live_norm),
             "live_dropout": sorted(self.live_dropout),
+            "released": sorted(self.released),
+            "phase": self.phase,
+            "keep_best": self.keep_best,
+            "done": self.done,
             "reason": self.reason,
         }
         return {key: value for key, value in full.items() if value or key == "frozen"}
@@ -239,6 +273,10 @@ class FreezePlan:
                 lr_scale=dict(data.get("lr_scale", {})),
                 live_norm=frozenset(data.get("live_norm", ())),
                 live_dropout=frozenset(data.get("live_dropout", ())),
+                released=frozenset(data.get("released", ())),
+                phase=data.get("phase", 0),
+                keep_best=data.get("keep_best", ""),
+                done=data.get("done", False),
                 reason=data.get("reason", ""),
             )
         except (KeyError, TypeError, AttributeError) as error:

@@ -40,7 +40,10 @@ class Event:
     Attributes:
         kind: start of the run, before an optimizer update, or after an evaluation.
         progress: how far the run is; `progress.step` updates are complete.
-        signals: newest values, by signal then group name; only what the policy declared.
+        signals: newest values, by signal then group (or parameter) name; only what the policy
+            declared. A unit of which there is no value (it did not train) is absent.
+        sampled: by signal, when its newest values were read: a number that grows with each
+            reading and means nothing else. Compare it to notice a new reading.
         metrics: validation metrics, present only on `EVALUATED` events.
     """
 
@@ -48,6 +51,7 @@ class Event:
     progress: Progress
     signals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    sampled: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class Decision:
 class Policy(abc.ABC):
     """Base of all policies. Subclasses are frozen dataclasses whose fields are their options.
 
-    Only `decide` must be written. The two other methods have defaults for policies that need no
+    Only `decide` must be written. The other methods have defaults for policies that need no
     signals and no state.
     """
 
@@ -95,6 +99,10 @@ class Policy(abc.ABC):
     def needs(self) -> tuple[Need, ...]:
         """Signals this policy reads, and how often. Default: none."""
         return ()
+
+    def notice(self) -> str:
+        """What a user should know before the run starts, e.g. a high price. Default: nothing."""
+        return ""
 
     def init(self, groups: LayerGroups) -> State:
         """The state before the first event. Raises if the groups cannot serve this policy."""

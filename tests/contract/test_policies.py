@@ -102,9 +102,6 @@ class Breaks(Policy):
 
     how: str
 
-    def needs(self) -> tuple[Need, ...]:
-        return (Need("no_such_signal", EVERY("1st")),) if self.how == "need" else ()
-
     def init(self, groups: LayerGroups) -> State:
         return {"n": random.random()} if self.how == "init" else {"n": 0}
 
@@ -134,7 +131,6 @@ class Breaks(Policy):
 @pytest.mark.parametrize(
     ("how", "rule"),
     [
-        ("need", "needed signals exist"),
         ("init", "init is pure"),
         ("mutates", "does not change the state"),
         ("random", "same answer twice"),

@@ -227,9 +227,9 @@ class CountingBackend:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def probe(self) -> Any:
+    def probe(self, loss: float | None = None) -> Any:
         self.asked.append(self.case.step - 1)
-        return self.inner.probe()
+        return self.inner.probe(loss)
 
 
 def test_signals_that_nobody_sampled_stop_the_run() -> None:

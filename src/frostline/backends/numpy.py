@@ -5,15 +5,19 @@ Documentation and the tests of the core run on it; it is meant to be read, not t
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from frostline.groups import LayerGroup, LayerGroups, ModuleInfo, TensorInfo
+from frostline.errors import BackendError, PolicyError
+from frostline.groups import GroupCost, LayerGroup, LayerGroups, ModuleInfo, TensorInfo
 from frostline.plan import FreezePlan
+from frostline.signals import Matrix
 
 __all__ = ["Momentum", "NumpyBackend", "NumpyNet"]
 
@@ -36,6 +40,7 @@ class NumpyNet:
         trainable: whether a gradient is computed, by parameter name.
         norm_live: whether statistics follow the data in training, by layer name.
         dropout_live: whether dropout is active in training, by layer name.
+        on_training: called with the inputs of each forward pass in training.
     """
 
     sizes: tuple[int, ...]
@@ -48,6 +53,7 @@ class NumpyNet:
     norm_live: dict[str, bool] = field(init=False, default_factory=dict)
     dropout_live: dict[str, bool] = field(init=False, default_factory=dict)
     random: np.random.Generator = field(init=False)
+    on_training: Callable[[Array], None] | None = field(init=False, default=None)
     _tape: list[tuple[Array, ...]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -70,6 +76,8 @@ class NumpyNet:
 
     def forward(self, x: Array, *, training: bool = True) -> Array:
         """Outputs (N, sizes[-1]) for inputs (N, sizes[0])."""
+        if training and self.on_training is not None:
+            self.on_training(x)
         self._tape = []
         for name in self.layers:
             z = x @ self.parameters[f"{name}.weight"] + self.parameters[f"{name}.bias"]
@@ -79,7 +87,13 @@ class NumpyNet:
                 keep = (z > 0) * self._mask(name, z.shape, training)
             self._tape.append((x, keep))
             x = z * keep
+        self._tape.append((x, x))
         return x
+
+    def outputs(self) -> dict[str, Array]:
+        """What each layer put out in the last forward pass."""
+        inputs = [step[0] for step in self._tape]
+        return dict(zip(self.layers, inputs[1:], strict=True))
 
     def loss(self, x: Array, y: Array, *, training: bool = True) -> float:
         """Mean squared error; with `training`, leaves gradients of what trains."""
@@ -164,6 +178,8 @@ class NumpyBackend:
     optimizer: Momentum
     groups: LayerGroups = field(init=False)
     _plan: FreezePlan = field(init=False, default_factory=FreezePlan)
+    _wide: bool = field(init=False, default=False)
+    _batch: Array | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.groups = LayerGroups(
@@ -173,12 +189,16 @@ class NumpyBackend:
     def apply(self, plan: FreezePlan) -> None:
         """Make the network equal to the plan."""
         plan.check(self.groups)
-        self._plan = plan
+        self._plan, self._wide = plan, False
         self._enforce()
         self.optimizer.scale = dict(plan.lr_scale)
+        for group in plan.released:
+            for name in self.groups[group].parameter_names & self.frozen:
+                self.optimizer.velocity.pop(name, None)
 
     def hold(self) -> tuple[str, ...]:
         """Set again what outsiders changed."""
+        self.narrow()
         return self._enforce()
 
     def written(self) -> tuple[str, ...]:
@@ -190,9 +210,61 @@ class NumpyBackend:
         tensors = self.net.parameters | self.net.buffers
         return {name: hashlib.sha256(tensors[name].tobytes()).hexdigest() for name in names}
 
-    def probe(self) -> _Probe:
+    def probe(self, loss: float | None = None) -> _Probe:
         """A view for signals."""
-        return _Probe(self.net)
+        return _Probe(self, loss)
+
+    def widen(self) -> None:
+        """Gradients of frozen parameters, too, in the next backward pass."""
+        self._wide = True
+        self.net.trainable = dict.fromkeys(self.net.parameters, True)
+
+    def narrow(self) -> None:
+        """Drop the gradients of frozen parameters."""
+        if self._wide:
+            self._wide = False
+            self._enforce()
+
+    def keep_batch(self) -> None:
+        """Keep the inputs of the next forward pass in training."""
+        if self._batch is None:
+            self.net.on_training = self._keep
+
+    def kept(self) -> Array | None:
+        """The probe batch."""
+        return None if self._batch is None else self._batch.copy()
+
+    def restore_kept(self, kept: Array) -> None:
+        """Take it back."""
+        self._keep(kept)
+
+    def weights(self) -> Mapping[str, Array]:
+        """Copies of parameters and buffers."""
+        return {n: a.copy() for n, a in (self.net.parameters | self.net.buffers).items()}
+
+    def load_weights(self, weights: Mapping[str, Array]) -> None:
+        """Write them back in place and forget all velocity."""
+        for name, array in (self.net.parameters | self.net.buffers).items():
+            array[...] = weights[name]
+        self.optimizer.velocity.clear()
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the frozen parameters."""
+        return self._plan.frozen_parameters(self.groups)
+
+    def activations(self, layer: str, *, int8: bool = False) -> Array:
+        """What a layer puts out for the probe batch, in evaluation mode."""
+        if self._batch is None:
+            raise BackendError("read activations", found="no probe batch", fix="keep_batch() first")
+        twin = copy.copy(self.net)  # shares arrays; has its own tape
+        if int8:
+            twin.parameters = {n: _rounded(a) for n, a in self.net.parameters.items()}
+        twin.forward(self._batch, training=False)
+        return twin.outputs()[layer]
+
+    def _keep(self, x: Array) -> None:
+        self._batch, self.net.on_training = x.copy(), None
 
     def _enforce(self) -> tuple[str, ...]:
         plan, net, moved = self._plan, self.net, []
@@ -232,24 +304,75 @@ class NumpyBackend:
                 info(n, a, "norm") for n, a in net.buffers.items() if n.startswith(f"{layer}.")
             ),
             modules=(ModuleInfo(layer, "Layer"),),
+            cost=_cost(net.parameters[f"{layer}.weight"].size),
         )
+
+
+def _cost(weights: int) -> GroupCost:
+    """Counted, not measured: a product takes a nanosecond per weight, an update a tenth of it."""
+    return GroupCost(weights * 1e-9, weights * 1e-9, weights * 1e-9, weights * 1e-10)
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    net: NumpyNet
+    """The probe of this backend; see `frostline.signals.Probe`."""
 
-    def gradient_l1(self, group: LayerGroup) -> float:
-        return float(sum(np.abs(g).sum() for g in self._gradients(group)))
+    backend: NumpyBackend
+    given_loss: float | None
 
-    def gradient_l2(self, group: LayerGroup) -> float:
-        return float(np.sqrt(sum((g**2).sum() for g in self._gradients(group))))
+    def trains(self, unit: LayerGroup) -> bool:
+        frozen = self.backend.frozen
+        return any(p.name not in frozen for p in unit.parameters)
 
-    def weight_l2(self, group: LayerGroup) -> float:
-        return float(
-            np.sqrt(sum((self.net.parameters[p.name] ** 2).sum() for p in group.parameters))
-        )
+    def gradients(self, unit: LayerGroup) -> list[Array | None]:
+        return [self.backend.net.gradients[p.name] for p in unit.parameters]
 
-    def _gradients(self, group: LayerGroup) -> list[Array]:
-        found = (self.net.gradients[p.name] for p in group.parameters)
-        return [g for g in found if g is not None]
+    def weights(self, unit: LayerGroup) -> list[Array]:
+        return [self.backend.net.parameters[p.name] for p in unit.parameters]
+
+    def norm(self, arrays: Sequence[Array | None], order: Literal[1, 2]) -> float:
+        powers = (float((np.abs(a) ** order).sum()) for a in arrays if a is not None)
+        return sum(powers) ** (1 / order)
+
+    def dot(self, first: Sequence[Array | None], second: Sequence[Array | None]) -> float:
+        pairs = zip(first, second, strict=True)
+        return sum(float((a * b).sum()) for a, b in pairs if a is not None and b is not None)
+
+    def matrices(self, unit: LayerGroup) -> list[Matrix]:
+        flat = [w.reshape(w.shape[0], -1) for w in self.weights(unit) if w.ndim > 1]
+        return [Matrix(*w.shape, np.linalg.svd(w, compute_uv=False).tolist()) for w in flat]
+
+    def learning_rate(self, unit: LayerGroup) -> float:
+        del unit  # one rate for all
+        return self.backend.optimizer.lr
+
+    def loss(self) -> float:
+        if self.given_loss is None:
+            raise PolicyError(
+                "read the training loss",
+                found="a step that was sampled without it",
+                fix="driver.sample(loss=...)",
+            )
+        return self.given_loss
+
+    def activations(self, unit: LayerGroup, *, int8: bool = False) -> Array:
+        return self.backend.activations(unit.name, int8=int8)
+
+    def update(self, unit: LayerGroup) -> list[Array | None]:
+        optimizer, found = self.backend.optimizer, list[Array | None]()
+        for p, g, w in zip(unit.parameters, self.gradients(unit), self.weights(unit), strict=True):
+            if g is None:
+                found.append(None)
+                continue
+            pull = g + optimizer.weight_decay * w
+            velocity = optimizer.momentum * optimizer.velocity.get(p.name, 0.0) + pull
+            found.append(-optimizer.lr * velocity)
+        return found
+
+
+def _rounded(array: Array) -> Array:
+    """8-bit weights, one step size per output; biases stay."""
+    if array.ndim < 2:
+        return array
+    step = np.abs(array).max(axis=0) / 127
+    return np.round(array / np.where(step == 0, 1, step)) * step

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,12 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from frostline.backends.torch.optimizer import parameter_groups
 from frostline.clock import Duration, Progress
+from frostline.compose import Live
 from frostline.errors import ConfigError
 from frostline.groups import LayerGroups
-from frostline.plan import FreezePlan
-from frostline.policy import Event, Policy, State
+from frostline.policy import Policy
 from frostline.registry import make_policy
-from frostline.signals import Need
 from frostline.tasks.config import RunConfig
 
 __all__ = [
@@ -104,27 +102,6 @@ def build_schedule(
     return LambdaLR(optimizer, learning_rate_factor(config, progress))
 
 
-@dataclass(frozen=True, slots=True)
-class _Live(Policy):
-    """A policy whose frozen groups keep their statistics or dropout live, as settings ask."""
-
-    policy: Policy
-    live_norm: bool
-    live_dropout: bool
-
-    def needs(self) -> tuple[Need, ...]:
-        return self.policy.needs()
-
-    def init(self, groups: LayerGroups) -> State:
-        return self.policy.init(groups)
-
-    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
-        plan, state = self.policy.decide(groups, state, event)
-        norm = plan.frozen if self.live_norm else plan.live_norm
-        dropout = plan.frozen if self.live_dropout else plan.live_dropout
-        return replace(plan, live_norm=norm, live_dropout=dropout), state
-
-
 def build_policy(config: RunConfig) -> Policy:
     """The policy of the settings, with their switches for frozen groups.
 
@@ -133,7 +110,7 @@ def build_policy(config: RunConfig) -> Policy:
     """
     policy = make_policy(config.policy)
     if config.live_norm or config.live_dropout:
-        return _Live(policy, config.live_norm, config.live_dropout)
+        return Live(policy, norm=config.live_norm, dropout=config.live_dropout)
     return policy
 
 

@@ -13,7 +13,7 @@ from frostline.clock import Progress
 from frostline.groups import GroupCost, LayerGroup, LayerGroups, ModuleInfo, TensorInfo
 from frostline.plan import FreezePlan
 from frostline.policy import Event, EventKind, Policy, State
-from frostline.signals import SIGNALS
+from frostline.signals import SIGNALS, Need, units_of
 from frostline.testing.contract import broken, require
 
 __all__ = ["check_policy", "event_stream", "example_groups"]
@@ -55,23 +55,42 @@ def event_stream(
 ) -> Iterator[Event]:
     """The events a driver would send during a run, with made-up signals and metrics.
 
-    Metrics are "loss" (falling, then rising) and "accuracy"; signals are what the policy needs,
-    sampled as often as it asks.
+    Metrics are "loss" (falling, then rising) and "accuracy", and the same as "train_loss",
+    "val_loss" and "val_accuracy"; signals are what the policy needs, sampled as often as it asks.
+    Now and then a group has no value, as when it did not train.
     """
     source = random.Random(seed)  # noqa: S311 - test data
     total = epochs * steps_per_epoch
     signals: dict[str, Mapping[str, float]] = {}
+    sampled: dict[str, int] = {}
+    for need in policy.needs():
+        if need.every is None:
+            signals[need.signal] = _made_up(need, groups, source)
+            sampled[need.signal] = 0
     for step in range(total):
         progress = Progress(step, total, steps_per_epoch)
-        yield Event(EventKind.STEP if step else EventKind.START, progress, dict(signals))
+        kind = EventKind.STEP if step else EventKind.START
+        yield Event(kind, progress, dict(signals), sampled=dict(sampled))
         done = Progress(step + 1, total, steps_per_epoch)
         for need in policy.needs():
-            if done.step % max(1, need.every.steps(done)) == 0:
-                signals[need.signal] = {g.name: source.uniform(0, 10) for g in groups}
+            if need.every is not None and done.step % max(1, need.every.steps(done)) == 0:
+                signals[need.signal] = _made_up(need, groups, source)
+                sampled[need.signal] = done.step
         if done.step % steps_per_epoch == 0:
             loss = abs(done.step / total - 0.6) + source.uniform(0, 0.1)
             metrics = {"loss": loss, "accuracy": 1 - loss}
-            yield Event(EventKind.EVALUATED, done, dict(signals), metrics)
+            metrics |= {f"val_{name}": value for name, value in metrics.items()}
+            metrics["train_loss"] = 1 - step / total
+            yield Event(EventKind.EVALUATED, done, dict(signals), metrics, dict(sampled))
+
+
+def _made_up(need: Need, groups: LayerGroups, source: random.Random) -> dict[str, float]:
+    rare = SIGNALS[need.signal].trained_only and not need.frozen_too
+    return {
+        unit.name: source.uniform(0, 10)
+        for unit in units_of(groups, need.per)
+        if not (rare and source.random() < 0.1)
+    }
 
 
 def check_policy(policy: Policy, groups: LayerGroups | None = None, *, seed: int = 0) -> None:
