@@ -148,7 +148,7 @@ class FreezePlan:
             released=both(lambda p: p.released),
             phase=max(self.phase, other.phase),
             keep_best=max(self.keep_best, other.keep_best),
-            done=self.done and other.done,
+            done=self.done or other.done,
             reason="; ".join(dict.fromkeys(r for r in (self.reason, other.reason) if r)),
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import pkgutil
 import random
 from dataclasses import dataclass
 
 import pytest
 
-from frostline import FreezePlan, LayerGroups, Policy, available_policies, make_policy
+from frostline import FreezePlan, LayerGroups, Policy, available_policies, make_policy, policies
 from frostline.clock import Duration
 from frostline.compose import (
     Bootstrap,
@@ -22,7 +24,6 @@ from frostline.compose import (
     Then,
     Union,
 )
-from frostline.policies import scheduled, static
 from frostline.policies.scheduled import Gradual
 from frostline.policies.static import Freeze, Full, LinearProbe
 from frostline.policy import Event, State
@@ -75,9 +76,12 @@ COMBINED = [
 def test_every_shipped_policy_is_registered() -> None:
     shipped = {
         kind
-        for module in (scheduled, static)
-        for kind in vars(module).values()
-        if isinstance(kind, type) and issubclass(kind, Policy) and kind is not Policy
+        for info in pkgutil.iter_modules(policies.__path__, "frostline.policies.")
+        for kind in vars(importlib.import_module(info.name)).values()
+        if isinstance(kind, type)
+        and issubclass(kind, Policy)
+        and kind.__module__ == info.name
+        and not kind.__name__.startswith("_")
     }
     assert shipped == {policy_class(name) for name in available_policies()}
 
