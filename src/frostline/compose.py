@@ -7,7 +7,9 @@ of an inner policy is nested in the state of the outer one.
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
+import json
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -35,10 +37,29 @@ __all__ = [
     "PrefixOnly",
     "Then",
     "Union",
+    "kept_plan",
+    "kept_text",
 ]
 
 Decided = tuple[FreezePlan, State]
 _ONE_EPOCH = Duration.parse("1ep")
+
+
+def kept_text(plan: FreezePlan) -> str:
+    """A plan as one string, for policies that keep plans in their state: see `kept_plan`."""
+    return json.dumps(plan.to_json())
+
+
+@functools.lru_cache(maxsize=256)
+def kept_plan(text: str) -> FreezePlan:
+    """The inverse of `kept_text`, at the price of a dictionary look-up when asked at every step.
+
+    Example:
+        >>> plan = FreezePlan(frozen=frozenset({"stem"}))
+        >>> kept_plan(kept_text(plan)) == plan
+        True
+    """
+    return FreezePlan.from_json(json.loads(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,9 +297,9 @@ class Every(_Around):
         """The inner plan when due, else the last one."""
         turn = event.progress.step // max(1, self.interval.steps(event.progress))
         if state["asked"] == turn and event.kind is not EventKind.EVALUATED:
-            return FreezePlan.from_json(state["plan"]), state
+            return kept_plan(state["plan"]), state
         plan, inner = self.policy.decide(groups, state["inner"], event)
-        return plan, {"asked": turn, "plan": plan.to_json(), "inner": inner}
+        return plan, {"asked": turn, "plan": kept_text(plan), "inner": inner}
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,9 +328,9 @@ class CostVeto(_Around):
     def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
         """The inner plan, unless it freezes more and does not pay; then the plan in force."""
         wanted, inner = self.policy.decide(groups, state["inner"], event)
-        now = FreezePlan.from_json(state["plan"]) if state["plan"] else FreezePlan()
+        now = kept_plan(state["plan"]) if state["plan"] else FreezePlan()
         plan = wanted if self._pays(groups, now, wanted, event) else now
-        return plan, {"plan": plan.to_json(), "inner": inner}
+        return plan, {"plan": kept_text(plan), "inner": inner}
 
     def _pays(self, groups: LayerGroups, now: FreezePlan, wanted: FreezePlan, event: Event) -> bool:
         if wanted.frozen_parameters(groups) <= now.frozen_parameters(groups):

@@ -34,6 +34,12 @@ from frostline.testing import ContractBroken, check_policy, example_groups
 # Further forms to check besides the plain name; a policy that needs options has only these.
 SPECS = {
     "freeze": ["freeze:select=backbone", "freeze:select=kind:norm | first 2 groups,live_norm=true"],
+    "first": ["first:groups=2", "first:fraction=0.5,of=forward,live_norm=true"],
+    "last": ["last:groups=2", "last:fraction=0.5,of=parameters"],
+    "train-only": ["train-only:select=block1", "train-only:select=kind:bias"],
+    "all-but-norm": ["all-but-norm", "all-but-norm:live_norm=true"],
+    "bitfit": ["bitfit", "bitfit:norm_shifts=false"],
+    "freeze-embeddings": ["freeze-embeddings:fallback=first"],
     "linear-probe": ["linear-probe", "linear-probe:live_norm=true"],
     "gradual": ["gradual", "gradual:every=3st,groups_per_step=2", "gradual:until=50%"],
 }
