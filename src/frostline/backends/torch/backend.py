@@ -12,32 +12,36 @@ log line counts them); those that must never train are named in `fixed`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from frostline.backends.torch.activations import ProbeBatch
 from frostline.backends.torch.digest import TensorTable, WriteWatch, sha256_of_tensors, unwrapped
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.explain import explain_plan, recorded_groups
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import HeldModes
 from frostline.backends.torch.optimizer import (
+    Homes,
     Scales,
     StepGuard,
     can_train,
     check_membership,
     check_restart,
     group_scales,
+    layers_by_group,
     release_state,
     restart_state,
 )
+from frostline.backends.torch.probe import TorchProbe
 from frostline.errors import BackendError, few
-from frostline.groups import LayerGroup, LayerGroups
+from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 
 __all__ = ["OptimizerState", "TorchBackend", "applied_plan", "as_found", "record_plan"]
@@ -81,8 +85,13 @@ class TorchBackend:
         self._parameters = _resolve(self._root, self._groups)
         self._fixed = _known(fixed, self._groups)
         self._modes = HeldModes(self._root, self._groups)
+        self._batch = ProbeBatch(model, self._groups)
+        self._plan: FreezePlan | None = None
+        self._wide = False
+        self._released: frozenset[str] = frozenset()
         self._frozen: dict[str, Tensor] = {}
         self._trained: dict[str, Tensor] = {}
+        self._layers: Homes = []
         self._watch = WriteWatch(TensorTable(self._root), ())
         self._guard: StepGuard | None = None
         if optimizer is not None:
@@ -108,19 +117,25 @@ class TorchBackend:
                 the optimizer cannot follow the plan's learning rates.
         """
         plan.check(self._groups)
+        self.narrow()
+        if self._plan is not None and self._plan.differs_only_in_rates(plan):
+            self._apply_rates(plan)
+            return
         self._check_parameters()
         names = plan.frozen_parameters(self._groups)
         frozen = {n: p for n, p in self._parameters.items() if n in names or not self._able(n, p)}
         trained = {n: p for n, p in self._parameters.items() if n not in frozen}
-        scales = self._scales(plan, trained)
+        homes = self._homes(trained)
+        scales = self._scales(plan, homes)
+        self._check_release(plan)
         for p in frozen.values():
             p.requires_grad = False
             p.grad = None
         for p in trained.values():
             p.requires_grad = True
-        self._frozen, self._trained = frozen, trained
+        self._plan, self._frozen, self._trained, self._layers = plan, frozen, trained, homes
         self._modes.apply(plan)
-        self._apply_to_optimizer(scales)
+        self._apply_to_optimizer(plan, scales)
         self._watch = WriteWatch(TensorTable(self._root), plan.held_tensors(self._groups))
         record_plan(self._root, (self._groups, plan))
         if any(g.name in plan.frozen for g in self._groups[plan.frontier(self._groups) :]):
@@ -128,6 +143,7 @@ class TorchBackend:
 
     def hold(self) -> tuple[str, ...]:
         """Restore what outsiders changed of the plan; names of what had moved."""
+        self.narrow()
         moved = self._guard.take_report() if self._guard else []
         for name, p in self._frozen.items():
             if p.requires_grad or p.grad is not None:
@@ -154,9 +170,68 @@ class TorchBackend:
         table = TensorTable(self._root)
         return sha256_of_tensors({name: table[name] for name in names})
 
-    def probe(self) -> TorchProbe:
-        """A side-effect-free view for signals."""
-        return TorchProbe(self._parameters)
+    def probe(self, loss: float | None = None) -> TorchProbe:
+        """A side-effect-free view for signals; `loss` is what `TorchProbe.loss` answers."""
+        rates = self._guard.rates if self._guard is not None else list
+        return TorchProbe(self._parameters, self._frozen, self._batch, self._optimizer, rates, loss)
+
+    def widen(self) -> None:
+        """For one step, compute gradients of frozen groups, too; modes stay as they are."""
+        wide = {n: p for n, p in self._frozen.items() if self._able(n, p)}
+        for p in wide.values():
+            p.requires_grad = True
+        self._wide = True
+        if self._guard is not None:
+            self._guard.widened = wide
+
+    def narrow(self) -> None:
+        """Drop the gradients of frozen groups and compute no more."""
+        if not self._wide:
+            return
+        self._wide = False
+        for p in self._frozen.values():
+            p.requires_grad = False
+            p.grad = None
+        if self._guard is not None:
+            self._guard.widened = {}
+
+    def keep_batch(self) -> None:
+        """Keep the inputs of the model's next forward pass in training as the probe batch."""
+        self._batch.keep_next()
+
+    def kept(self) -> Any:
+        """The probe batch as plain values and tensors; None if there is none."""
+        return self._batch.to_tree()
+
+    def restore_kept(self, kept: Any) -> None:
+        """Take the probe batch of a checkpoint back."""
+        self._batch.from_tree(kept)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Copies of all parameters and buffers in main memory, tied ones under their first name."""
+        return {n: t.detach().to("cpu", copy=True) for n, t in self._tensors()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Write all parameters and buffers back; the optimizer forgets what it remembered.
+
+        Raises:
+            BackendError: other names or shapes than those of the model; nothing was written.
+        """
+        tensors = dict(self._tensors())
+        if odd := [
+            n for n, t in tensors.items() if n not in weights or weights[n].shape != t.shape
+        ]:
+            raise BackendError(
+                "load weights",
+                found=f"none of the right shape for {few(odd)}",
+                fix="weights that `weights()` of this model gave",
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(weights[name])
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
+            restart_state(self._optimizer, self._parameters.values())
 
     def explain(self, plan: FreezePlan, example: Example | None = None) -> str:
         """How far backward runs under a plan and which parameter makes it so, in a sentence.
@@ -186,19 +261,37 @@ class TorchBackend:
     def _never(self) -> frozenset[str]:
         return frozenset(n for n, p in self._parameters.items() if not self._able(n, p))
 
-    def _scales(self, plan: FreezePlan, trained: Mapping[str, Tensor]) -> Scales:
+    def _homes(self, trained: Mapping[str, Tensor]) -> Homes:
+        """For each optimizer group the layer groups that it trains."""
         if self._optimizer is None:
-            if plan.lr_scale:
-                raise BackendError(
-                    f"scale the learning rate of {few(sorted(plan.lr_scale))}",
-                    found="this backend was given no optimizer",
-                    fix="TorchBackend(model, optimizer)",
-                )
             return []
         group_of = {id(p): self._groups.of_parameter(n).name for n, p in trained.items()}
-        return group_scales(self._optimizer, plan, group_of)
+        return layers_by_group(self._optimizer, group_of)
 
-    def _apply_to_optimizer(self, scales: Scales) -> None:
+    def _scales(self, plan: FreezePlan, homes: Homes) -> Scales:
+        if self._optimizer is None and plan.lr_scale:
+            raise BackendError(
+                f"scale the learning rate of {few(sorted(plan.lr_scale))}",
+                found="this backend was given no optimizer",
+                fix="TorchBackend(model, optimizer)",
+            )
+        return group_scales(homes, plan)
+
+    def _apply_rates(self, plan: FreezePlan) -> None:
+        """The light path of `apply`, for policies that change rates at every step."""
+        if self._optimizer is not None and len(self._layers) != len(self._optimizer.param_groups):
+            self._layers = self._homes(self._trained)
+        scales = self._scales(plan, self._layers)
+        if self._guard is not None:
+            self._guard.set_scales(scales)
+        self._plan = plan
+        record_plan(self._root, (self._groups, plan))
+
+    def _check_release(self, plan: FreezePlan) -> None:
+        if plan.released and not self._released and self._optimizer is not None:
+            check_restart(self._optimizer)
+
+    def _apply_to_optimizer(self, plan: FreezePlan, scales: Scales) -> None:
         if self._optimizer is None or self._guard is None:
             return
         self._guard.set_scales(scales)
@@ -207,9 +300,11 @@ class TorchBackend:
             for g in self._groups
             if g.calls
         }
-        if self._optimizer_state == "release":
-            release_state(self._optimizer, self._frozen.values())
-            restart_state(self._optimizer, self._trained.values())
+        dropped = set(plan.released) if self._optimizer_state == "keep" else set(self._groups.names)
+        names = {n for n in self._frozen if self._groups.of_parameter(n).name in dropped}
+        release_state(self._optimizer, (self._frozen[n] for n in names))
+        restart_state(self._optimizer, (p for n, p in self._trained.items() if n in self._released))
+        self._released = frozenset(names | (self._released & self._frozen.keys()))
 
     def _check_parameters(self) -> None:
         now = _resolve(self._root, self._groups)
@@ -219,6 +314,10 @@ class TorchBackend:
                 found=f"parameters replaced since the groups were found: {few(other)}",
                 fix="change the model first, then build the optimizer and the driver",
             )
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._root.named_parameters()
+        yield from self._root.named_buffers()
 
     def _report_found(self) -> None:
         if self._root in _APPLIED:
@@ -231,35 +330,6 @@ class TorchBackend:
                 len(found),
                 few(found),
             )
-
-
-class TorchProbe:
-    """Norms of gradients and weights by group: one transfer from the device per call.
-
-    Args:
-        parameters: tensors by name. Gradients are read as they are; under a gradient scaler,
-            unscale them first.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._parameters = parameters
-
-    def gradient_l1(self, group: LayerGroup) -> float:
-        """Sum of absolute gradients of the group's parameters."""
-        return _norm(self._gradients(group), 1)
-
-    def gradient_l2(self, group: LayerGroup) -> float:
-        """Euclidean norm of the group's gradient."""
-        return _norm(self._gradients(group), 2)
-
-    def weight_l2(self, group: LayerGroup) -> float:
-        """Euclidean norm of the group's floating-point parameters."""
-        tensors = (self._parameters[p.name] for p in group.parameters)
-        return _norm([t for t in tensors if can_train(t)], 2)
-
-    def _gradients(self, group: LayerGroup) -> list[Tensor]:
-        gradients = (self._parameters[p.name].grad for p in group.parameters)
-        return [g for g in gradients if g is not None]
 
 
 def as_found(model: nn.Module) -> frozenset[str]:
@@ -326,23 +396,3 @@ def _known(fixed: Collection[str], groups: LayerGroups) -> frozenset[str]:
             found="no parameter of that name",
             fix="names as in model.named_parameters(), or as_found(model)",
         ) from error
-
-
-def _norm(tensors: list[Tensor], order: int) -> float:
-    if not tensors:
-        return 0.0
-    with torch.no_grad():
-        parts = [
-            torch.linalg.vector_norm(_dense(t), order, dtype=_accumulated(t)).to(tensors[0].device)
-            for t in tensors
-        ]
-        return float(torch.linalg.vector_norm(torch.stack(parts).real, order))
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.coalesce().values() if tensor.is_sparse else tensor
-
-
-def _accumulated(tensor: Tensor) -> torch.dtype:
-    # Half precision would overflow in the sum of squares; complex norms are asked for as complex.
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -28,6 +29,16 @@ _log = logging.getLogger("frostline")
 
 #: Optimizer groups, each with the factor on its learning rate.
 Scales = list[tuple[dict[str, Any], float]]
+#: Optimizer groups, each with the names of the layer groups it trains.
+Homes = list[tuple[dict[str, Any], frozenset[str]]]
+
+
+class Sample(Protocol):
+    """What a guard calls between gradients and update."""
+
+    def __call__(self, loss: float | None, *, overflow: bool) -> None:
+        """Sample signals; `overflow`: the gradients are not finite and there will be no update."""
+        ...
 
 
 def parameter_groups(
@@ -127,15 +138,26 @@ def check_membership(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> 
 class StepGuard:
     """Stands around every `optimizer.step()` of one optimizer for one model.
 
-    Before the update it drops gradients that reached frozen parameters (a zero gradient is enough
-    for momentum and weight decay to move a weight), scales learning rates by layer group, and at
-    the first update under a plan looks for groups that should train and got no gradient. After
-    the update it puts the very same learning-rate objects back.
+    Before the update it lets the driver sample signals, drops gradients that reached frozen
+    parameters (a zero gradient is enough for momentum and weight decay to move a weight), scales
+    learning rates by layer group, and at the first update under a plan looks for groups that
+    should train and got no gradient. After the update it puts the very same learning-rate objects
+    back.
+
+    Attributes:
+        parameters: all parameters by name.
+        expected: parameters by name of the groups of which one must get a gradient.
+        widened: frozen parameters that get gradients in this step, which the update must not see.
+        sample: called before each update, when gradients are there (after a closure, with its
+            loss).
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.parameters: list[tuple[str, Tensor]] = []
         self.expected: Mapping[str, list[Tensor]] = {}
+        self.widened: Mapping[str, Tensor] = {}
+        self.sample: Sample | None = None
+        self._optimizer = weakref.ref(optimizer)
         self._scales: Scales = []
         self._scaled: list[tuple[dict[str, Any], Any, Any]] = []
         self._dropped: list[str] = []
@@ -166,15 +188,58 @@ class StepGuard:
         report, self._dropped = self._dropped, []
         return report
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        del optimizer, args, kwargs
+    def rates(self) -> list[Any]:
+        """The learning rate of each parameter group, without factors, also during an update."""
+        optimizer = self._optimizer()
+        scaled = {
+            id(group): original for group, original, now in self._scaled if group["lr"] is now
+        }
+        groups = [] if optimizer is None else optimizer.param_groups
+        return [scaled.get(id(group), group["lr"]) for group in groups]
+
+    def narrow(self) -> None:
+        """Drop the gradients of widened parameters, and let them have no more."""
+        for p in self.widened.values():
+            p.requires_grad = False
+            p.grad = None
+        self.widened = {}
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._settle()
+        closure = args[0] if args else kwargs.get("closure")
+        if callable(closure) and (self.widened or self.sample is not None):
+            self._scale()
+            return (self._sampling(closure), *args[1:]), {
+                k: v for k, v in kwargs.items() if k != "closure"
+            }
+        if self.sample is not None:
+            self.sample(None, overflow=_found_inf(optimizer))
+        self._drop()
+        self._scale()
+        return None
+
+    def _sampling(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, followed by what must lie between gradients and update."""
+
+        def sampled() -> Any:
+            loss = closure()
+            if self.sample is not None:
+                self.sample(None if loss is None else float(loss), overflow=False)
+            self._drop()
+            return loss
+
+        return sampled
+
+    def _drop(self) -> None:
+        self.narrow()
         for name, p in self.parameters:
             if not p.requires_grad and p.grad is not None:
                 p.grad = None
                 self._dropped.append(name)
         if self.expected:
             self._look_for_gradients()
+
+    def _scale(self) -> None:
         for group, scale in self._scales:
             original = group["lr"]
             group["lr"] = scaled = original * scale
@@ -205,24 +270,37 @@ class StepGuard:
             )
 
 
+def _found_inf(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler told an optimizer that unscales by itself to skip this update."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
 #: One guard per optimizer and model. Guards hold tensors and parameter groups, never a key.
 _GUARDS: WeakKeyDictionary[Optimizer, WeakKeyDictionary[nn.Module, StepGuard]] = WeakKeyDictionary()
 
 
-def group_scales(optimizer: Optimizer, plan: FreezePlan, group_of: Mapping[int, str]) -> Scales:
-    """The learning-rate factor of each optimizer group under a plan.
+def layers_by_group(optimizer: Optimizer, group_of: Mapping[int, str]) -> Homes:
+    """Each optimizer group with the names of the layer groups it trains.
 
     Args:
         optimizer: the optimizer.
-        plan: the plan.
         group_of: name of the layer group by `id` of each parameter that trains.
+    """
+    return [
+        (group, frozenset(group_of[id(p)] for p in group["params"] if id(p) in group_of))
+        for group in optimizer.param_groups
+    ]
+
+
+def group_scales(homes: Homes, plan: FreezePlan) -> Scales:
+    """The learning-rate factor of each optimizer group under a plan.
 
     Raises:
         BackendError: an optimizer group mixes layer groups of different factors.
     """
     scales: Scales = []
-    for number, group in enumerate(optimizer.param_groups):
-        names = {group_of[id(p)] for p in group["params"] if id(p) in group_of}
+    for number, (group, names) in enumerate(homes):
         factors = {plan.lr_scale.get(name, 1.0) for name in names}
         if len(factors) > 1:
             raise BackendError(
