@@ -42,6 +42,21 @@ SPECS = {
     "freeze-embeddings": ["freeze-embeddings:fallback=first"],
     "linear-probe": ["linear-probe", "linear-probe:live_norm=true"],
     "gradual": ["gradual", "gradual:every=3st,groups_per_step=2", "gradual:until=50%"],
+    "autofreeze": ["autofreeze", "autofreeze:every=5st,percentile=75"],
+    "pipetransformer": ["pipetransformer", "pipetransformer:rule=cap,alpha=0.2"],
+    "grades": [
+        "grades",
+        "grades:every=2st,per=group",
+        "grades:tau=5,relative=false,measure=gradient,start=0%,every=3st",
+    ],
+    "egeria": [
+        "egeria:tolerance=2,window=2",
+        "egeria:every=2st,bootstrap=none,window=3,tolerance=0.9,refresh=5st,reference=snapshot",
+        "egeria:every=1st,bootstrap=9,window=2,tolerance=1,unfreeze=decay,drop=1.5",
+    ],
+    "etuner": ["etuner:threshold=0.9,patience=1,unfreeze=0.9", "etuner:unfreeze=none,every=1ep"],
+    "apf": ["apf:threshold=1", "apf:threshold=0.9,crowded=0,every=2st"],
+    "slimfit": ["slimfit", "slimfit:frozen=0.5,every=3st,seed=1"],
 }
 ALL = [spec for name in available_policies() for spec in SPECS.get(name, [name])]
 EVERY = Duration.parse
