@@ -14,9 +14,10 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal
 
-from frostline.clock import Duration
+from frostline.clock import Duration, Progress
 from frostline.cost import predicted_step_s
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
@@ -28,6 +29,7 @@ from frostline.signals import Need
 __all__ = [
     "Bootstrap",
     "CostVeto",
+    "Discriminative",
     "Every",
     "Guard",
     "KeepTrainable",
@@ -35,10 +37,14 @@ __all__ = [
     "MaxFrozen",
     "Placebo",
     "PrefixOnly",
+    "Slanted",
     "Then",
     "Union",
     "kept_plan",
     "kept_text",
+    "scaled",
+    "slanted_rate",
+    "whole_run",
 ]
 
 Decided = tuple[FreezePlan, State]
@@ -60,6 +66,35 @@ def kept_plan(text: str) -> FreezePlan:
         True
     """
     return FreezePlan.from_json(json.loads(text))
+
+
+def scaled(plan: FreezePlan, factors: Mapping[str, float]) -> FreezePlan:
+    """The plan with the learning rates of these groups multiplied by these factors.
+
+    Example:
+        >>> plan = FreezePlan(lr_scale={"stem": 0.5})
+        >>> dict(scaled(plan, {"stem": 0.5, "head": 2.0}).lr_scale)
+        {'stem': 0.25, 'head': 2.0}
+    """
+    rates = dict(plan.lr_scale)
+    for name, factor in factors.items():
+        rates[name] = rates.get(name, 1.0) * factor
+    return replace(plan, lr_scale=rates)
+
+
+def whole_run(progress: Progress, asked: str) -> int:
+    """Steps of the whole run.
+
+    Raises:
+        PolicyError: the length is unknown.
+    """
+    if progress.total_steps is None:
+        raise PolicyError(
+            asked,
+            found="a run of unknown length",
+            fix="pass total_steps= to the driver",
+        )
+    return progress.total_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +314,91 @@ class Live(_Wrapper):
 
 
 @dataclass(frozen=True, slots=True)
+class Discriminative(_Wrapper):
+    """Discriminative learning rates: the deeper a group, the higher its rate.
+
+    The head keeps its rate; a group of the backbone that is d groups away from the head (1 for the
+    deepest one) has its rate divided by `factor` d times.
+
+    Attributes:
+        policy: the inner policy; factors of its own are multiplied.
+        factor: ratio of the rates of two neighbouring groups, >= 1; 1 changes nothing. 2.6, the
+            paper's, for a model of four groups: with 40 of them the stem would stand still.
+
+    References:
+        Howard & Ruder 2018, arXiv:1801.06146, section 3.2.
+    """
+
+    factor: float = 2.6
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise PolicyError(
+                f"divide learning rates by {self.factor} from group to group",
+                found="a factor that is below 1, infinite or not a number",
+                fix="for example 2.6; 1 changes nothing",
+            )
+
+    def change(self, groups: LayerGroups, plan: FreezePlan, event: Event) -> FreezePlan:
+        """The plan with the rates of the backbone divided."""
+        del event
+        names = [g.name for g in groups if g.name not in groups.head]
+        count = len(names)
+        return scaled(plan, {n: self.factor ** (i - count) for i, n in enumerate(names)})
+
+
+@dataclass(frozen=True, slots=True)
+class Slanted(_Wrapper):
+    """Slanted triangular learning rates: a short linear rise, then a long linear fall to the end.
+
+    A factor on the rate of every group, so the schedule of the optimizer itself should be constant
+    (`schedule=constant`): any other one is multiplied. Needs a known number of steps.
+
+    Attributes:
+        policy: the inner policy; factors of its own are multiplied.
+        cut: share of the run in which the rate rises, in [0, 1). 0.1, the paper's.
+        ratio: how much smaller the lowest rate is than the highest, >= 1. 32, the paper's.
+
+    References:
+        Howard & Ruder 2018, arXiv:1801.06146, section 3.2, equation 3; see `slanted_rate`.
+    """
+
+    cut: float = 0.1
+    ratio: float = 32.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.cut < 1 and 1 <= self.ratio < math.inf):
+            raise PolicyError(
+                f"slant learning rates with cut={self.cut} and ratio={self.ratio}",
+                found="a cut outside [0, 1) or a ratio below 1",
+                fix="for example cut=0.1,ratio=32",
+            )
+
+    def change(self, groups: LayerGroups, plan: FreezePlan, event: Event) -> FreezePlan:
+        """The plan with every rate multiplied by the factor of this step."""
+        total = whole_run(event.progress, "slant learning rates over the run")
+        rate = slanted_rate(event.progress.step, total, self.cut, self.ratio)
+        return scaled(plan, dict.fromkeys(groups.names, rate))
+
+
+def slanted_rate(step: int, total: int, cut: float = 0.1, ratio: float = 32.0) -> float:
+    """Equation 3 of Howard & Ruder 2018: the rate after `step` of `total` updates, highest is 1.
+
+    The fall takes the `total - floor(total * cut)` steps that are left. Where `total * cut` is a
+    whole number this is the paper's formula; elsewhere that one falls below `1 / ratio`, for runs
+    of 19 steps even below 0.
+
+    Example:
+        >>> [slanted_rate(t, 20) for t in (0, 1, 2, 11, 20)]
+        [0.03125, 0.515625, 1.0, 0.515625, 0.03125]
+    """
+    # Through its decimal form: 0.29 of 100 steps are 29, and the float is a little less.
+    top = math.floor(total * Fraction(str(cut)))
+    share = step / top if step < top else max(0.0, 1 - (step - top) / (total - top))
+    return (1 + share * (ratio - 1)) / ratio
+
+
+@dataclass(frozen=True, slots=True)
 class Every(_Around):
     """Ask the inner policy only once per interval; in between its last plan holds.
 
@@ -335,13 +455,8 @@ class CostVeto(_Around):
     def _pays(self, groups: LayerGroups, now: FreezePlan, wanted: FreezePlan, event: Event) -> bool:
         if wanted.frozen_parameters(groups) <= now.frozen_parameters(groups):
             return True  # unfreezing is a matter of quality, not of cost
-        remaining = event.progress.remaining_steps
-        if remaining is None:
-            raise PolicyError(
-                "weigh a freeze against its cost",
-                found="a run of unknown length",
-                fix="pass total_steps= to the driver",
-            )
+        total = whole_run(event.progress, "weigh a freeze against its cost")
+        remaining = max(0, total - event.progress.step)
         saved = predicted_step_s(groups, now) - predicted_step_s(groups, wanted)
         return saved * remaining > self.switch_cost_s
 

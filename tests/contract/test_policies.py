@@ -15,12 +15,14 @@ from frostline.clock import Duration
 from frostline.compose import (
     Bootstrap,
     CostVeto,
+    Discriminative,
     Every,
     Guard,
     KeepTrainable,
     MaxFrozen,
     Placebo,
     PrefixOnly,
+    Slanted,
     Then,
     Union,
 )
@@ -41,6 +43,13 @@ SPECS = {
     "bitfit": ["bitfit", "bitfit:norm_shifts=false"],
     "freeze-embeddings": ["freeze-embeddings:fallback=first"],
     "linear-probe": ["linear-probe", "linear-probe:live_norm=true"],
+    "ulmfit": ["ulmfit", "ulmfit:gradual=false", "ulmfit:until=50%,factor=1,slanted=false"],
+    "wav2vec2": ["wav2vec2", "wav2vec2:head_only=5st,at_most=none,frontend=block0 | block1.bias"],
+    "freezeout": ["freezeout", "freezeout:t0=0.5,scale=linear,scale_lr=false"],
+    "freeze-training": ["freeze-training", "freeze-training:start=10%,end=2ep"],
+    "spfde": ["spfde", "spfde:start=3st,every=1st,saving=1,anneal=false"],
+    "composer-linear": ["composer-linear", "composer-linear:freeze_start=0,every=1st"],
+    "spectrum": ["spectrum", "spectrum:share=0.5,embeddings=true"],
     "gradual": ["gradual", "gradual:every=3st,groups_per_step=2", "gradual:until=50%"],
     "autofreeze": ["autofreeze", "autofreeze:every=5st,percentile=75"],
     "pipetransformer": ["pipetransformer", "pipetransformer:rule=cap,alpha=0.2"],
@@ -90,6 +99,9 @@ COMBINED = [
     Guard(LinearProbe(), metric="loss", tolerance=0.05),
     Guard(FreezeQuiet(), metric="accuracy", mode="max", patience=2),
     Placebo(FreezeQuiet(), seed=1),
+    Discriminative(Gradual(), 1.5),
+    Slanted(Discriminative(FreezeQuiet()), cut=0.3),
+    Then(Slanted(Full()), EVERY("2ep"), Slanted(Gradual())),
     FreezeQuiet(),
 ]
 

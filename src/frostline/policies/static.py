@@ -148,10 +148,10 @@ class LinearProbe(Policy):
     def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
         """Everything but the head frozen, always."""
         del event
-        backbone = groups.backbone
+        body = groups.backbone
         plan = FreezePlan(
-            frozen=backbone,
-            live_norm=backbone if self.live_norm else frozenset(),
+            frozen=body,
+            live_norm=body if self.live_norm else frozenset(),
             reason="linear probing: only the head trains",
         )
         return plan, state
