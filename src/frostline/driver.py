@@ -95,7 +95,7 @@ class _Costs:
             setattr(self, purpose, getattr(self, purpose) + time.perf_counter() - start)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Driver:
     """Runs a policy over a training loop.
 
@@ -111,6 +111,8 @@ class Driver:
         plan: the plan in force.
         decisions: every change of plan so far.
         progress: updates completed and totals.
+        automatic: whether something calls `sample` before each update without being asked, as
+            `torch_driver` arranges; a step in which it does not come made no update.
         costs: seconds spent in the policy, in signals, in applying and in digests; what each
             signal took; and how many steps ran backward through frozen groups for a signal.
 
@@ -138,6 +140,7 @@ class Driver:
     plan: FreezePlan = field(init=False, default_factory=FreezePlan)
     decisions: list[Decision] = field(init=False, default_factory=list)
     progress: Progress = field(init=False)
+    automatic: bool = field(init=False, default=False)
     costs: _Costs = field(init=False, default_factory=_Costs)
     _state: State = field(init=False, default_factory=dict)
     _gauges: Gauges = field(init=False)
@@ -145,6 +148,7 @@ class Driver:
     _held: dict[str, tuple[str, int]] = field(init=False, default_factory=dict)  # name: sha, since
     _holds: list[Hold] = field(init=False, default_factory=list)
     _stage: str = field(init=False, default="new")
+    _open: bool = field(init=False, default=False)  # between begin_step and end_step
     _sampled: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -175,7 +179,12 @@ class Driver:
         An exception inside leaves the count of completed updates as it was.
         """
         self.begin_step()
-        yield self.plan
+        try:
+            yield self.plan
+        except BaseException:
+            self._open = False
+            self.backend.narrow()
+            raise
         self.end_step()
 
     def begin_step(self) -> FreezePlan:
@@ -188,7 +197,7 @@ class Driver:
                 self.progress.step,
                 few(moved),
             )
-        self._sampled = False
+        self._open, self._sampled = True, False
         if self._gauges.keeps_batch and self.progress.step == 0:
             self.backend.keep_batch()
         if self.plan.frozen and self._gauges.wants_frozen(self.progress.step):
@@ -199,22 +208,25 @@ class Driver:
     @property
     def sampling(self) -> bool:
         """Whether the present step has signals to sample that were not sampled yet."""
-        return not self._sampled and bool(self._gauges.due(self.progress.step))
+        due = self._open and not self._sampled
+        return due and bool(self._gauges.due(self.progress.step))
 
-    def sample(self, loss: float | None = None) -> None:
+    def sample(self, loss: float | None = None, *, overflow: bool = False) -> None:
         """Between backward and `optimizer.step()`: sample the signals that are due.
 
-        Needed only for policies that read signals; `torch_driver` does it by itself. Further
-        calls in a step do nothing.
+        Needed only for policies that read signals; `torch_driver` does it by itself, just before
+        the update. Further calls in a step do nothing. Under a gradient scaler, unscale first.
 
         Args:
             loss: the training loss of this step, for policies that read it.
+            overflow: the gradients are not finite and the update will be skipped (mixed
+                precision): nothing is gathered in this step.
         """
         if not self.sampling:
             return
         with self.costs.charge("signals_s"):
             probe = self.backend.probe(loss)
-            self._gauges.sample(self.progress.step, probe, self.backend.groups)
+            self._gauges.sample(self.progress.step, probe, self.backend.groups, gather=not overflow)
             self.backend.narrow()
         self._sampled = True
 
@@ -225,6 +237,8 @@ class Driver:
             FrozenTensorChanged: something wrote to a frozen tensor in this step.
             PolicyError: the policy's signals were due and never sampled.
         """
+        if self.sampling and self.automatic:
+            self.sample(overflow=True)
         if self.sampling:
             due = self._gauges.due(self.progress.step)
             raise PolicyError(
@@ -232,6 +246,7 @@ class Driver:
                 found=f"no sample taken in step {self.progress.step}",
                 fix="call driver.sample() between backward() and optimizer.step()",
             )
+        self._open = False
         self.progress = Progress(self.progress.step + 1, self.total_steps, self.steps_per_epoch)
         if self.prove and (suspects := self.backend.written()):
             self._verify([name for name in suspects if name in self._held])

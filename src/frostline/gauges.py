@@ -127,28 +127,42 @@ class Gauges:
                     found[unit.name] = value
             self._put(signal, found, 0, start)
 
-    def sample(self, step: int, probe: Probe, groups: LayerGroups) -> None:
-        """Take in one step, between its backward pass and its update."""
+    def sample(self, step: int, probe: Probe, groups: LayerGroups, *, gather: bool = True) -> None:
+        """Take in one step, between its backward pass and its update.
+
+        Args:
+            step: updates complete.
+            probe: the view of this step.
+            groups: the layer groups.
+            gather: False where the step makes no update (its gradients are not finite): references
+                are taken and intervals end, but nothing of the step counts.
+        """
         for gauge in self._gauges:
             if gauge.begins(step) or gauge.gathers(step):
-                self._sample(gauge, step, probe, groups)
+                self._sample(gauge, step, probe, groups, gather=gather)
 
-    def _sample(self, gauge: _Gauge, step: int, probe: Probe, groups: LayerGroups) -> None:
+    def _sample(
+        self, gauge: _Gauge, step: int, probe: Probe, groups: LayerGroups, *, gather: bool
+    ) -> None:
         start, signal = time.perf_counter(), gauge.signal
         beginning, reading = gauge.begins(step), gauge.reads(step)
         found: dict[str, float] = {}
         for unit in units_of(groups, gauge.need.per):
+            if signal.activations and not unit.calls:
+                continue  # it never runs, so it puts out nothing
             memory = gauge.memory.setdefault(unit.name, {})
             if beginning and signal.begin is not None:
                 signal.begin(memory, probe, unit)
-            elif not signal.trained_only or gauge.need.frozen_too or probe.trains(unit):
+            elif gather and (
+                not signal.trained_only or gauge.need.frozen_too or probe.trains(unit)
+            ):
                 signal.gather(memory, probe, unit)
             if reading and (value := signal.read(memory)) is not None:
                 found[unit.name] = value
             if gauge.refreshes(step) and signal.begin is not None:
                 signal.begin(memory, probe, unit)
         name = signal.name
-        if reading and not beginning:
+        if reading and not beginning and (found or gather):
             self._put(signal, found, step + 1, start)
         else:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

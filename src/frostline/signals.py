@@ -151,6 +151,12 @@ class Need:
                 else "a signal of training: it needs an interval",
                 fix="every=None" if signal.static else "for example every=1ep",
             )
+        if signal.activations and self.per == "parameter":
+            raise PolicyError(
+                f"read the signal {self.signal!r} per parameter",
+                found="a signal of activations, which layer groups have and parameters have not",
+                fix="per='group'",
+            )
         if self.steps is not None and self.steps < 1:
             raise PolicyError(f"gather {self.signal} over {self.steps} steps", found="no steps")
 
@@ -198,7 +204,9 @@ def compute_signal(
     signal = _known(name)
     values: dict[str, float] = {}
     for unit in units_of(groups, per):
-        if signal.trained_only and not probe.trains(unit):
+        if (signal.trained_only and not probe.trains(unit)) or (
+            signal.activations and not unit.calls
+        ):
             continue
         memory: Memory = {}
         if signal.begin is not None:
@@ -329,11 +337,8 @@ def _read_snr(memory: Memory) -> float | None:
 
 
 def _gather_fisher_ema(memory: Memory, probe: Probe, unit: LayerGroup) -> None:
-    value = 0.0
-    for g in probe.gradients(unit):
-        if g is not None:
-            clipped = g.clip(-1, 1)
-            value += float((clipped * clipped).sum())
+    clipped = [None if g is None else g.clip(-1, 1) for g in probe.gradients(unit)]
+    value = probe.norm(clipped, 2) ** 2
     known = memory.get("ema")
     memory["ema"] = value if known is None else _FISHER_DECAY * known + (1 - _FISHER_DECAY) * value
     memory["fresh"] = True
@@ -349,7 +354,7 @@ def _read_ema(memory: Memory) -> float | None:
 def _gather_gradient_change(memory: Memory, probe: Probe, unit: LayerGroup) -> None:
     gradients = probe.gradients(unit)
     if (before := memory.get("gradient")) is not None:
-        _count(memory, _norm(_minus(gradients, before), 1))
+        _count(memory, probe.norm(_minus(gradients, before), 1))
     memory["gradient"] = [None if g is None else g * 1 for g in gradients]
 
 

@@ -52,7 +52,7 @@ class ProbeBatch:
         """Keep the inputs of the next forward pass in training, unless a batch is kept."""
         if self._inputs is None and self._hook is None:
             # On the outermost module: code compiled from the inner one would not see the hook.
-            hook = self._take
+            hook: Any = self._take
             if "torch._dynamo" in sys.modules:
                 hook = torch.compiler.disable(hook)
             self._hook = self._outer.register_forward_pre_hook(hook, with_kwargs=True)

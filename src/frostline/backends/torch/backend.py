@@ -29,6 +29,7 @@ from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import HeldModes
 from frostline.backends.torch.optimizer import (
     Homes,
+    Sample,
     Scales,
     StepGuard,
     can_train,
@@ -174,6 +175,11 @@ class TorchBackend:
         """A side-effect-free view for signals; `loss` is what `TorchProbe.loss` answers."""
         rates = self._guard.rates if self._guard is not None else list
         return TorchProbe(self._parameters, self._frozen, self._batch, self._optimizer, rates, loss)
+
+    def sample_by(self, sample: Sample | None) -> None:
+        """Call this before each update from now on, when its gradients are there; None: nothing."""
+        if self._guard is not None:
+            self._guard.sample = sample
 
     def widen(self) -> None:
         """For one step, compute gradients of frozen groups, too; modes stay as they are."""

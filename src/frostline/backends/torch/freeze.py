@@ -6,6 +6,7 @@ block and puts everything back, `torch_driver` builds a `Driver` that runs a pol
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from frostline.backends.torch.backend import (
 from frostline.backends.torch.digest import unwrapped
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import OWN_ATTRIBUTES
+from frostline.backends.torch.optimizer import Sample
 from frostline.driver import Driver
 from frostline.errors import ConfigError
 from frostline.groups import LayerGroups
@@ -166,6 +168,11 @@ def torch_driver(
 ) -> Driver:
     """A driver that runs a policy over your own training loop.
 
+    Signals that the policy reads are sampled by themselves just before each `optimizer.step()`
+    inside a step of the driver, or inside its closure. Call `driver.sample()` where they must be
+    sampled earlier (before gradients are clipped), and `driver.sample(loss=...)` for policies
+    that read the training loss.
+
     Args:
         model: the model.
         optimizer: its optimizer, holding every parameter; see `frostline.parameter_groups`.
@@ -183,18 +190,34 @@ def torch_driver(
         ConfigError: totals that contradict each other.
         BackendError: the optimizer lacks parameters of the model.
     """
-    return Driver(
+    backend = TorchBackend(
+        model,
+        optimizer,
+        groups=_groups(model, groups, example),
+        optimizer_state=optimizer_state,
+        fixed=fixed,
+    )
+    driver = Driver(
         make_policy(policy),
-        TorchBackend(
-            model,
-            optimizer,
-            groups=_groups(model, groups, example),
-            optimizer_state=optimizer_state,
-            fixed=fixed,
-        ),
+        backend,
         total_steps=_total_steps(total_steps, total_epochs, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
     )
+    driver.automatic = bool(driver.policy.needs())
+    backend.sample_by(_sampler(driver) if driver.automatic else None)
+    return driver
+
+
+def _sampler(driver: Driver) -> Sample:
+    """Samples what the driver has due; keeps it no longer alive than others do."""
+    known = weakref.ref(driver)
+
+    def sample(loss: float | None, *, overflow: bool) -> None:
+        driver = known()
+        if driver is not None and driver.sampling:
+            driver.sample(loss, overflow=overflow)
+
+    return sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,8 @@ class TorchProbe:
                 matrix = weight.reshape(len(weight), -1)
                 single = torch.complex64 if matrix.is_complex() else torch.float32
                 values = torch.linalg.svdvals(matrix.to(single))
-                found.append(Matrix(*matrix.shape, values.tolist()))
+                rows, columns = matrix.shape
+                found.append(Matrix(rows, columns, values.tolist()))
         return found
 
     def learning_rate(self, unit: LayerGroup) -> float:

@@ -47,7 +47,8 @@ def pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return {"!": "array", "name": place}
     if isinstance(value, Tensor):
         tensors[place] = value.detach()
-        return {"!": "tensor", "name": place}
+        device = {} if value.device.type == "cpu" else {"device": str(value.device)}
+        return {"!": "tensor", "name": place, **device}
     if isinstance(value, Mapping):
         return _pack_mapping(value, place, tensors)
     if isinstance(value, (list, tuple)):
@@ -91,6 +92,17 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return _UNTAG[value["!"]](value, tensors)
 
 
+def _placed(tensor: Tensor, device: str | None) -> Tensor:
+    """A copy (the file may be a map) on that device, or in main memory if it is not here."""
+    own = tensor.clone()
+    if device is None:
+        return own
+    try:
+        return own.to(device)
+    except (RuntimeError, AssertionError):  # what torch raises for a device that is not here
+        return own
+
+
 def _pairs(value: Any, tensors: Mapping[str, Tensor]) -> Iterable[tuple[Any, Any]]:
     return ((unpack(key, tensors), unpack(item, tensors)) for key, item in value["items"])
 
@@ -98,7 +110,7 @@ def _pairs(value: Any, tensors: Mapping[str, Tensor]) -> Iterable[tuple[Any, Any
 _UNTAG: dict[str, Callable[[Any, Mapping[str, Tensor]], Any]] = {
     "float": lambda value, _: float(value["value"]),
     "array": lambda value, tensors: tensors[value["name"]].clone().numpy(),
-    "tensor": lambda value, tensors: tensors[value["name"]].clone(),  # the file may be a map
+    "tensor": lambda value, tensors: _placed(tensors[value["name"]], value.get("device")),
     "tuple": lambda value, tensors: tuple(unpack(item, tensors) for item in value["items"]),
     "mapping": lambda value, tensors: dict(_pairs(value, tensors)),
     "counter": lambda value, tensors: Counter(dict(_pairs(value, tensors))),
