@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,11 @@ SPECS = {
     "etuner": ["etuner:threshold=0.9,patience=1,unfreeze=0.9", "etuner:unfreeze=none,every=1ep"],
     "apf": ["apf:threshold=1", "apf:threshold=0.9,crowded=0,every=2st"],
     "slimfit": ["slimfit", "slimfit:frozen=0.5,every=3st,seed=1"],
+    "chain-thaw": ["chain-thaw", "chain-thaw:patience=1,head_lr=10", "chain-thaw:length=4st"],
+    "lp-ft": ["lp-ft", "lp-ft:patience=1,restore_best=false,lr=0.1"],
+    "fine-tune": ["fine-tune", "fine-tune:head=30%,spread=1"],
+    "phases": [f"phases:file={Path(__file__).with_name('phases.yaml')}"],
+    "plateau": ["plateau", "plateau:direction=freeze,groups_per_step=2,cooldown=1"],
 }
 ALL = [spec for name in available_policies() for spec in SPECS.get(name, [name])]
 EVERY = Duration.parse
