@@ -24,7 +24,7 @@ _CKA = "cka_pretrained"
 _FIRST = 3
 #: No unfreezing by the learning rate after this share of the run: every schedule ends low.
 _LATE = 0.9
-#: A rate of 0.1 * 0.1 is no tenth of 0.1 in floats.
+#: A rate of 0.1 * 0.1 is no tenth of 0.1 in floats, and the mean of equal values is not quite one.
 _ROUNDING = 1e-9
 
 
@@ -142,7 +142,7 @@ class Egeria(Policy):
     def _rate(self, state: State, event: Event) -> State:
         """What changes when the learning rate fell far enough; empty if it did not."""
         rate, before = _of_all(event, "learning_rate"), state["rate"]
-        if rate is None:
+        if rate is None or self.unfreeze == "never":
             return {}
         state["rate"] = rate
         limited = self.unfreeze == "decay"
@@ -203,7 +203,9 @@ class Egeria(Policy):
         if len(first) < _FIRST:
             first = [*first, abs(slope)] if len(means) > 1 else first
         else:
-            stale = stale + 1 if abs(slope) <= self.tolerance * max(first) else 0
+            # What stands still has a slope in the last bits of its mean.
+            limit = max(self.tolerance * max(first), _ROUNDING * abs(means[-1]))
+            stale = stale + 1 if abs(slope) <= limit else 0
         return {
             "readings": readings,
             "means": means,
