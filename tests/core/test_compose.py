@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from frostline.clock import Duration, Progress
 from frostline.compose import (
     Bootstrap,
     CostVeto,
+    Discriminative,
     Every,
     Guard,
     KeepTrainable,
     MaxFrozen,
     Placebo,
     PrefixOnly,
+    Slanted,
     Then,
     Union,
+    kept_plan,
+    kept_text,
+    slanted_rate,
 )
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroup, LayerGroups, TensorInfo
@@ -149,6 +158,120 @@ def test_every_asks_once_per_interval() -> None:
 def test_every_passes_evaluations_on() -> None:
     plans = run(Every(Counting(), D("5ep")), [at(0), at(3, metrics={"loss": 1.0}), at(4)])
     assert [len(p.frozen) for p in plans] == [1, 2, 2]
+
+
+def test_every_keeps_its_plan_whole() -> None:
+    """A held plan is the one that was decided, also after its state went through JSON."""
+    policy = Every(Discriminative(Freeze("block1.weight", live_norm=True), 2.0), D("5ep"))
+    first, state = policy.decide(GROUPS, policy.init(GROUPS), at(0))
+    held, _ = policy.decide(GROUPS, json.loads(json.dumps(state)), at(7))
+    assert held == first
+    assert held.exempt
+    assert held.lr_scale
+
+
+def test_a_kept_plan_is_read_once() -> None:
+    plan = FreezePlan(frozen=frozenset({"block0"}), lr_scale={"head": 0.1}, reason="because")
+    text = kept_text(plan)
+    assert kept_plan(text) == plan
+    assert kept_plan(text).reason == "because"
+    assert kept_plan(text) is kept_plan(json.loads(json.dumps(text)))
+
+
+# -- learning rates ---------------------------------------------------------------------------
+
+
+def test_discriminative_rates_fall_from_the_head_to_the_input() -> None:
+    (plan,) = run(Discriminative(Full(), 2.0), [at(0)])
+    assert plan.lr_scale == {"block0": 1 / 16, "block1": 1 / 8, "block2": 1 / 4, "block3": 1 / 2}
+
+
+def test_discriminative_rates_count_from_a_head_of_several_groups() -> None:
+    names = ("stem", "body", "pool", "out")
+    groups = LayerGroups(
+        tuple(LayerGroup(n, i, (TensorInfo(n),)) for i, n in enumerate(names)),
+        head=frozenset({"pool", "out"}),
+    )
+    (plan,) = run(Discriminative(Full(), 4.0), [at(0)], groups)
+    assert plan.lr_scale == {"stem": 1 / 16, "body": 1 / 4}
+
+
+def test_factors_multiply() -> None:
+    twice = Discriminative(Discriminative(Full(), 2.0), 3.0)
+    (plan,) = run(Slanted(twice), [at(5)])
+    rate = (1 + 31 / 2) / 32
+    assert plan.lr_scale["block3"] == pytest.approx(rate / 6)
+    assert plan.lr_scale["head"] == pytest.approx(rate)
+
+
+def test_rates_leave_the_rest_of_the_plan_alone() -> None:
+    inner = Freeze("block1.weight", live_norm=True)
+    (bare,), (plan,) = run(inner, [at(3)]), run(Slanted(Discriminative(inner)), [at(3)])
+    assert bare.differs_only_in_rates(plan)
+
+
+@pytest.mark.parametrize("factor", [0.9, 0, -2.6, math.inf, math.nan])
+def test_discriminative_refuses_a_factor_below_one(factor: float) -> None:
+    with pytest.raises(PolicyError):
+        Discriminative(Full(), factor)
+
+
+def test_slanted_rates_worked_by_hand() -> None:
+    # T = 100: cut = 10; p = 0, 0.5, 1, 1 - 45/90, 1 - 89/90; rate = (1 + 31 p) / 32
+    for step, p in ((0, 0), (5, 0.5), (10, 1), (55, 0.5), (99, 1 / 90)):
+        assert slanted_rate(step, 100) == pytest.approx((1 + 31 * p) / 32, rel=1e-12)
+    assert slanted_rate(100, 100) == slanted_rate(250, 100) == 1 / 32
+
+
+def paper(t: int, total: int, cut_frac: float, ratio: float) -> float:
+    """Equation 3 of Howard & Ruder 2018, letter by letter."""
+    cut = math.floor(total * cut_frac + 1e-9)
+    p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / cut_frac - 1))
+    return (1 + p * (ratio - 1)) / ratio
+
+
+@pytest.mark.parametrize(
+    ("total", "cut", "ratio"), [(10, 0.1, 32), (350, 0.1, 32), (100, 0.29, 10), (60, 0.05, 2)]
+)
+def test_slanted_rates_are_the_papers_where_the_cut_is_whole(
+    total: int, cut: float, ratio: float
+) -> None:
+    for t in range(total + 1):
+        assert slanted_rate(t, total, cut, ratio) == pytest.approx(paper(t, total, cut, ratio))
+
+
+def test_slanted_rates_stay_in_range_where_the_papers_do_not() -> None:
+    """With 19 steps the published formula ends below 0: gradient ascent in the last updates."""
+    assert paper(18, 19, 0.1, 32) < 0
+    assert min(slanted_rate(t, 19) for t in range(19)) >= 1 / 32
+
+
+@given(
+    st.integers(1, 400),
+    st.floats(0, 0.99),
+    st.floats(1, 100),
+)
+def test_slanted_rates_rise_to_one_and_fall(total: int, cut: float, ratio: float) -> None:
+    rates = [slanted_rate(t, total, cut, ratio) for t in range(total + 1)]
+    top = rates.index(max(rates))
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert max(rates) == pytest.approx(1)
+    assert min(rates) >= 1 / ratio - 1e-12
+
+
+def test_slanted_refuses_options_without_meaning() -> None:
+    for options in ((1.0, 32.0), (-0.1, 32.0), (0.1, 0.5), (0.1, math.inf)):
+        with pytest.raises(PolicyError):
+            Slanted(Full(), *options)
+
+
+def test_slanted_needs_a_known_length_and_takes_that_of_its_phase() -> None:
+    with pytest.raises(PolicyError, match="total_steps="):
+        run(Slanted(Full()), [Event(EventKind.START, Progress(0))])
+    plans = run(Then(Full(), D("50st"), Slanted(Full())), [at(0), at(50), at(55), at(99)])
+    rates = [p.lr_scale.get("head", 1.0) for p in plans]
+    assert rates == pytest.approx([1, 1 / 32, 1, slanted_rate(49, 50)])
 
 
 def test_cost_veto_refuses_what_cannot_pay_back() -> None:

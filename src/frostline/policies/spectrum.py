@@ -100,7 +100,8 @@ def module_type(parameter: str) -> str:
         >>> module_type("layer3.0.conv2.weight"), module_type("layer3.weight")
         ('layer.conv2.weight', 'layer.weight')
     """
-    *path, leaf = [part for part in parameter.split(".") if not part.isdigit()]
+    names = [part for part in parameter.split(".") if not part.isdigit()]
+    path, leaf = names[:-1], names[-1:]
     outer, own = path[:-1], path[-1:]
     plain = [part.rstrip("0123456789") or part for part in (outer or own)]
-    return ".".join([*plain, *(own if outer else ()), leaf])
+    return ".".join([*plain, *(own if outer else ()), *leaf])
