@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from frostline.backends.numpy import NumpyBackend
+from frostline.errors import BackendError
+from frostline.groups import LayerGroup
 from frostline.plan import FreezePlan
 from frostline.testing import ContractBroken, check_backend
 from numpy_case import NumpyCase
@@ -115,6 +120,114 @@ class ShallowFreeze(NumpyBackend):
         return moved
 
 
+class WidensNothing(NumpyBackend):
+    def widen(self) -> None:
+        pass
+
+
+class TrainsWhatItWidens(NumpyBackend):
+    """Forgets during a widened step what is frozen."""
+
+    def widen(self) -> None:
+        super().widen()
+        self._plan = FreezePlan()
+
+
+class StaysWide(NumpyBackend):
+    def narrow(self) -> None:
+        pass
+
+
+class LoudEnd(NumpyBackend):
+    """Takes its own widening for somebody else's doing."""
+
+    def hold(self) -> tuple[str, ...]:
+        return self._enforce()
+
+
+class RealUpdate(NumpyBackend):
+    """The defect of public probes: works an update out with the very velocity of the optimizer."""
+
+    def probe(self, loss: float | None = None) -> Any:
+        probe, optimizer = super().probe(loss), self.optimizer
+
+        class Moving:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(probe, name)
+
+            def update(self, unit: LayerGroup) -> list[Any]:
+                found = probe.update(unit)
+                for p, u in zip(unit.parameters, found, strict=True):
+                    if u is not None:
+                        optimizer.velocity[p.name] = -u / optimizer.lr
+                return found
+
+        return Moving()
+
+
+class StaleGradients(NumpyBackend):
+    """Reads each gradient once, until somebody holds the plan."""
+
+    def hold(self) -> tuple[str, ...]:
+        self.read: dict[str, Any] = {}
+        return super().hold()
+
+    def probe(self, loss: float | None = None) -> Any:
+        probe = super().probe(loss)
+        read = vars(self).setdefault("read", {})
+
+        class Stale:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(probe, name)
+
+            def gradients(self, unit: LayerGroup) -> list[Any]:
+                return read.setdefault(unit.name, [copy.copy(g) for g in probe.gradients(unit)])
+
+        return Stale()
+
+
+class NoBatch(NumpyBackend):
+    def keep_batch(self) -> None:
+        pass
+
+
+class LatestBatch(NumpyBackend):
+    def keep_batch(self) -> None:
+        self.net.on_training = self._keep
+
+
+class LosesBatch(NumpyBackend):
+    def restore_kept(self, kept: Any) -> None:
+        super().restore_kept(kept[::-1])
+
+
+class FixedActivations(NumpyBackend):
+    def activations(self, layer: str, *, int8: bool = False) -> Any:
+        return np.ones((16, 2))
+
+
+class ForgetsBuffers(NumpyBackend):
+    def load_weights(self, weights: Mapping[str, Any]) -> None:
+        super().load_weights({**weights, **self.net.buffers})
+
+
+class KeepsVelocity(NumpyBackend):
+    def load_weights(self, weights: Mapping[str, Any]) -> None:
+        velocity = dict(self.optimizer.velocity)
+        super().load_weights(weights)
+        self.optimizer.velocity.update(velocity)
+
+
+class SharesWeights(NumpyBackend):
+    def weights(self) -> Mapping[str, Any]:
+        return self.net.parameters | self.net.buffers
+
+
+class NeverReleases(NumpyBackend):
+    def apply(self, plan: FreezePlan) -> None:
+        super().apply(replace(plan, released=frozenset()))
+
+
 @pytest.mark.parametrize(
     ("broken", "rule"),
     [
@@ -130,10 +243,24 @@ class ShallowFreeze(NumpyBackend):
         (MutProbe, "report their gradient"),
         (AlwaysComplains, "nothing is amiss"),
         (ShallowFreeze, "amiss|gradient|frozen"),
+        (WidensNothing, "widened steps? gives? frozen groups"),
+        (TrainsWhatItWidens, "changes no training|no trace|trains no more"),
+        (StaysWide, "narrow drops|changes no training"),
+        (LoudEnd, "hold ends a widened step silently"),
+        (RealUpdate, "a probe moves nothing"),
+        (StaleGradients, "summed over the interval"),
+        (NoBatch, "probe batch|are kept"),
+        (LatestBatch, "once kept stays"),
+        (LosesBatch, "once kept stays"),
+        (FixedActivations, "present weights"),
+        (ForgetsBuffers, "written back, bit for bit"),
+        (KeepsVelocity, "the optimizer forgets"),
+        (SharesWeights, "written back, bit for bit"),
+        (NeverReleases, "starts again as with a fresh optimizer"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_a_broken_backend_is_caught(broken: type[NumpyBackend], rule: str) -> None:
     make: Callable[[], NumpyCase] = lambda: NumpyCase(broken)  # noqa: E731
-    with pytest.raises(ContractBroken, match=rule):
+    with pytest.raises((ContractBroken, BackendError), match=rule):
         check_backend(make)

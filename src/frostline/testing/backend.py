@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from frostline.backend import Backend
+from frostline.clock import Duration
 from frostline.driver import Driver
 from frostline.errors import FrozenTensorChanged, PlanError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policy import Event, Policy, State
-from frostline.signals import SIGNALS, compute_signal
+from frostline.signals import SIGNALS, Need, compute_signal
 from frostline.testing.contract import broken, require
 
 __all__ = ["BackendCase", "check_backend"]
@@ -77,6 +79,12 @@ def check_backend(make: Make) -> None:
         _check_rates,
         _check_norm,
         _check_probe,
+        _check_widened,
+        _check_batch,
+        _check_sampling,
+        _check_sums,
+        _check_weights,
+        _check_released,
         _check_proof,
         _check_resume,
     ):
@@ -249,6 +257,147 @@ def _check_probe(make: Make) -> None:
         require(all(v > 0 for v in found), "trained groups report their gradient", values[name])
 
 
+def _check_sampling(make: Make) -> None:
+    """A run that reads every signal of every group trains like one that reads none."""
+    frozen = frozenset(make().backend.groups.names[:1])
+    watched, plain = make(), make()
+    watching = Driver(_Watching(frozen), watched.backend)
+    for case, driver in ((watched, watching), (plain, Driver(_Fixed(frozen), plain.backend))):
+        for _ in range(5):
+            with driver.step():
+                case.backward()
+                driver.sample(loss=1.0)
+                case.update()
+        driver.finish()
+    moved = _moved(plain.evidence(), {**plain.evidence(), **watched.evidence()})
+    require(
+        watched.evidence() == plain.evidence(), "reading signals changes no training", sorted(moved)
+    )
+    (group,) = frozen
+    value = watching.decisions[-1].signals.get("gradient_norm", {}).get(group, 0.0)
+    require(value > 0, "widened steps give frozen groups a gradient to report", value)
+
+
+def _check_sums(make: Make) -> None:
+    case, other = make(), make()
+    groups = case.backend.groups
+    driver = Driver(_Summing(), case.backend)
+    sums: dict[str, list[Any]] = {}
+    for _ in range(2):
+        with driver.step():
+            case.backward()
+            driver.sample()
+            case.update()
+        other.backward()
+        for g in groups:
+            now = [a * 1 for a in other.backend.probe().gradients(g) if a is not None]
+            before = sums.get(g.name, [0] * len(now))
+            sums[g.name] = [a + b for a, b in zip(now, before, strict=True)]
+        other.update()
+    driver.begin_step()
+    values = driver.decisions[-1].signals["summed_gradient_norm"]
+    for g in groups:
+        squares = math.fsum(float((a * a).sum()) for a in sums[g.name])
+        same = math.isclose(values[g.name], math.sqrt(squares), rel_tol=1e-5)
+        require(same, "gradients are summed over the interval", (g.name, values[g.name]))
+
+
+def _check_widened(make: Make) -> None:
+    groups = make().backend.groups
+    plan = FreezePlan(frozen=frozenset(groups.names[:2]))
+    names = [n for g in groups[:2] for n in g.parameter_names]
+    for ending in ("narrow", "hold", "apply"):
+        case, other = make(), make()
+        for each in (case, other):
+            _train(each)  # momentum exists
+            each.backend.apply(plan)
+            _train(each, 1)
+        case.backend.widen()
+        case.backward()
+        other.backward()
+        missing = [n for n in names if not case.has_gradient(n)]
+        require(not missing, "a widened step gives frozen groups gradients", missing)
+        probe = case.backend.probe()
+        _check_update(case)
+        require(not any(probe.trains(g) for g in groups[:2]), "a widened step trains no more")
+        answer = case.backend.apply(plan) if ending == "apply" else getattr(case.backend, ending)()
+        require(not answer, f"{ending} ends a widened step silently", answer)
+        left = [n for n in names if case.has_gradient(n)]
+        require(not left, f"{ending} drops the gradients of frozen groups", left)
+        case.update()
+        other.update()
+        for each in (case, other):
+            _train(each)
+        moved = _moved(other.evidence(), {**other.evidence(), **case.evidence()})
+        same = case.evidence() == other.evidence()
+        require(same, "a widened step leaves no trace in training", sorted(moved))
+
+
+def _check_update(case: BackendCase) -> None:
+    """Finding out the next update moves nothing, not even the optimizer's memory."""
+    probe, before = case.backend.probe(), case.evidence()
+    found = [u for g in case.backend.groups for u in probe.update(g)]
+    require(any(u is not None for u in found), "a probe tells the next update")
+    require(case.evidence() == before, "a probe moves nothing")
+
+
+def _check_batch(make: Make) -> None:
+    case, other = make(), make()
+    case.backend.keep_batch()
+    _train(case, 1)
+    first = case.backend.kept()
+    require(first is not None, "the inputs of a forward pass in training are kept")
+    before = _activations(case)
+    case.backend.keep_batch()
+    _train(case, 2)
+    require(_activations(case) != before, "activations are those of the present weights")
+    _train(other, 3)
+    other.backend.restore_kept(first)
+    require(_activations(other) == _activations(case), "a batch once kept stays, and is restored")
+
+
+def _activations(case: BackendCase) -> list[list[float]]:
+    probe = case.backend.probe()
+    found = [probe.activations(g, int8=int8) for g in case.backend.groups for int8 in (False, True)]
+    rows = {len(a) for a in found}
+    require(len(rows) == 1, "activations have one row per sample", rows)
+    return [a.reshape(-1).tolist() for a in found]
+
+
+def _check_weights(make: Make) -> None:
+    case, other = make(), make()
+    _train(case)
+    kept, digests = case.backend.weights(), _digests(case)
+    group = case.backend.groups[0].name
+    other.backend.apply(FreezePlan(lr_scale={group: 0.5}))  # another history
+    _train(other, 5)
+    other.backend.apply(FreezePlan())
+    _train(case, 2)
+    for each in (case, other):
+        each.backend.load_weights(kept)
+        moved = _moved(digests, _digests(each))
+        require(not moved, "weights are written back, bit for bit", sorted(moved))
+        _train(each, 2)
+    require(_digests(case) == _digests(other), "the optimizer forgets when weights are written")
+
+
+def _check_released(make: Make) -> None:
+    group = make().backend.groups[0]
+    found: list[dict[str, str]] = []
+    for released in (True, False):
+        case = make()
+        _train(case)
+        names = frozenset({group.name})
+        case.backend.apply(FreezePlan(frozen=names, released=names if released else frozenset()))
+        _train(case, 2)
+        case.backend.apply(FreezePlan())
+        if not released:
+            case.backend.load_weights(case.backend.weights())  # forgets everything
+        _train(case, 1)
+        found.append(dict(case.backend.fingerprint(sorted(group.parameter_names))))
+    require(found[0] == found[1], "a released group starts again as with a fresh optimizer")
+
+
 def _check_proof(make: Make) -> None:
     case = make()
     group = case.backend.groups[0]
@@ -295,3 +444,33 @@ class _Fixed(Policy):
 
     def __repr__(self) -> str:
         return f"_Fixed({sorted(self.frozen)})"
+
+
+class _Watching(_Fixed):
+    """Freezes the named groups and reads every signal of all groups at every second step."""
+
+    __slots__ = ()
+
+    def needs(self) -> tuple[Need, ...]:
+        every, once = Duration.parse("2st"), (s.name for s in SIGNALS.values() if s.static)
+        asked = (
+            Need(s.name, every, None, frozen_too=True) for s in SIGNALS.values() if not s.static
+        )
+        return (*asked, *(Need(name, None) for name in once))
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        # A new phase at each reading makes it a decision, and so a record of what was read.
+        return FreezePlan(frozen=self.frozen, phase=sum(event.sampled.values())), state
+
+
+class _Summing(Policy):
+    """Freezes nothing and reads summed gradients over two steps."""
+
+    __slots__ = ()
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("summed_gradient_norm", Duration.parse("2st"), None),)
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        del groups
+        return FreezePlan(phase=len(event.signals)), state
