@@ -1,7 +1,8 @@
 """Policies by name: the short strings of the command line, and discovery of third-party ones.
 
 ``gradual:every=2ep,live_norm=true`` is the policy class registered as ``gradual`` with these
-fields. Packages add policies through the entry-point group ``frostline.policies``.
+fields; `frostline.shortform` has the whole grammar. Packages add policies through the entry-point
+group ``frostline.policies``, and policies made of policies through ``frostline.combinators``.
 """
 
 from __future__ import annotations
@@ -11,19 +12,36 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
-import typing
 from collections.abc import Mapping
-from types import UnionType
-from typing import Any
+from typing import Literal
 
-from frostline.clock import Duration
-from frostline.errors import PolicyError
+from frostline.errors import FrostlineError, PolicyError
 from frostline.policy import Policy
-from frostline.select import Selector, select
+from frostline.shortform import default_of, options_of, read_policy, write_policy
 
-__all__ = ["available_policies", "make_policy", "policy_class", "policy_text"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "available_combinators",
+    "available_policies",
+    "default_policy",
+    "make_policy",
+    "policy_class",
+    "policy_family",
+    "policy_text",
+]
+
+Family = Literal["static", "scheduled", "dynamic", "combinator"]
+#: What the policies of a family decide by.
+FAMILIES: Mapping[Family, str] = {
+    "static": "the same plan from start to end",
+    "scheduled": "by the clock",
+    "dynamic": "by what is measured during the run",
+    "combinator": "policies made of policies",
+}
 
 ENTRY_POINT_GROUP = "frostline.policies"
+COMBINATOR_GROUP = "frostline.combinators"
 
 
 @functools.cache
@@ -37,28 +55,58 @@ def available_policies() -> Mapping[str, str]:
         >>> "gradual" in available_policies()
         True
     """
+    return _registered(ENTRY_POINT_GROUP)
+
+
+@functools.cache
+def available_combinators() -> Mapping[str, str]:
+    """Names of all registered policies that are made of policies, and where each is defined.
+
+    Raises:
+        PolicyError: two packages registered the same name.
+
+    Example:
+        >>> "placebo" in available_combinators()
+        True
+    """
+    return _registered(COMBINATOR_GROUP)
+
+
+def _registered(group: str) -> Mapping[str, str]:
     found: dict[str, str] = {}
-    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        if found.setdefault(point.name, point.value) != point.value:
-            raise PolicyError(
-                f"register the policy {point.name!r}",
-                found=f"two definitions: {found[point.name]} and {point.value}",
-                fix="uninstall one of the packages",
-            )
+    for point in importlib.metadata.entry_points(group=group):
+        _add(found, point.name, point.value)
     return dict(sorted(found.items()))
 
 
+def _add(found: dict[str, str], name: str, place: str) -> None:
+    if found.setdefault(name, place) != place:
+        raise PolicyError(
+            f"register the policy {name!r}",
+            found=f"two definitions: {found[name]} and {place}",
+            fix="uninstall one of the packages",
+        )
+
+
+def _all() -> Mapping[str, str]:
+    found = dict(available_policies())
+    for name, place in available_combinators().items():
+        _add(found, name, place)
+    return found
+
+
 def policy_class(name: str) -> type[Policy]:
-    """The policy class registered under `name`.
+    """The policy or combinator class registered under `name`.
 
     Raises:
         PolicyError: unknown name, or what it points to is not a policy.
     """
-    known = available_policies()
+    known = _all()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
+        shown = name if len(name) <= 200 else f"{name[:200]}..."
         raise PolicyError(
-            f"use the policy {name!r}",
+            f"use the policy {shown!r}",
             found="no policy of that name" + (f"; did you mean {near[0]!r}?" if near else ""),
             fix=f"one of {', '.join(known)}",
         )
@@ -79,8 +127,9 @@ def policy_class(name: str) -> type[Policy]:
 def make_policy(spec: str | Policy) -> Policy:
     """A policy from its short form; a `Policy` is returned as it is.
 
-    Options are ``field=value`` pairs after a colon, separated by commas. A value that holds a
-    comma or a colon may be quoted with single quotes.
+    Options are ``field=value`` pairs after a colon, separated by commas. An option that is a
+    policy takes a short form in parentheses; a value that holds a comma may be quoted with single
+    quotes. See `frostline.shortform`.
 
     Raises:
         PolicyError: unknown policy or option, or a value of the wrong type.
@@ -88,6 +137,8 @@ def make_policy(spec: str | Policy) -> Policy:
     Example:
         >>> make_policy("gradual:every=2ep").every
         Duration(value=Fraction(2, 1), unit='ep')
+        >>> make_policy("max-frozen:policy=(freeze:select=depth<3),fraction=0.5").fraction
+        0.5
     """
     if isinstance(spec, Policy):
         return spec
@@ -97,111 +148,68 @@ def make_policy(spec: str | Policy) -> Policy:
             found=f"a {type(spec).__name__}",
             fix="a string such as 'gradual:every=2ep', or a Policy object",
         )
-    name, _, options = spec.partition(":")
-    kind = policy_class(name.strip())
-    hints = typing.get_type_hints(kind)
-    fields = {f.name for f in dataclasses.fields(typing.cast("Any", kind)) if f.init}
-    values: dict[str, Any] = {}
-    for key, text in _pairs(options, spec):
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            raise PolicyError(
-                f"set {key!r} of the policy {name!r}",
-                found="no such option" + (f"; did you mean {near[0]!r}?" if near else ""),
-                fix=f"options: {', '.join(sorted(fields)) or 'none'}",
-            )
-        values[key] = _convert(text, hints[key], f"{name}:{key}={text}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise PolicyError(
-            f"build the policy {spec!r}",
-            found=str(error),
-            fix=f"options: {', '.join(sorted(fields)) or 'none'}",
-        ) from error
+    return read_policy(spec, policy_class)
 
 
 def policy_text(policy: Policy) -> str:
-    """The short form of a policy, or its repr where it has none (unregistered, nested).
+    """The short form of a policy, or its repr where no short form would give it back.
+
+    Policies of unregistered classes have none, nor have those whose selector is an object made in
+    code, or that are nested deeper than short forms may be.
 
     Example:
         >>> policy_text(make_policy("gradual:every=2ep"))
         'gradual:every=2ep'
     """
-    kind = type(policy)
+    text = write_policy(policy, _name_of)
+    try:
+        if text is not None and make_policy(text) == policy:
+            return text
+    except FrostlineError:
+        pass
+    return repr(policy)
+
+
+def _name_of(kind: type[Policy]) -> str | None:
     place = f"{kind.__module__}:{kind.__qualname__}"
-    name = next((n for n, value in available_policies().items() if value == place), None)
-    if name is None:
-        return repr(policy)
-    changed = []
-    for f in dataclasses.fields(typing.cast("Any", policy)):
-        value = getattr(policy, f.name)
-        if isinstance(value, Policy):
-            return repr(policy)
-        if value != f.default:
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            changed.append(f"{f.name}='{text}'" if "," in text else f"{f.name}={text}")
-    return f"{name}:{','.join(changed)}" if changed else name
+    return next((name for name, value in _all().items() if value == place), None)
 
 
-def _pairs(options: str, spec: str) -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
-    rest = options.strip()
-    while rest:
-        key, equals, rest = rest.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise PolicyError(
-                f"read the policy {spec!r}",
-                found=f"{key!r} where 'option=value' belongs",
-                fix="'name:option=value,option=value'",
-            )
-        if rest.startswith("'"):
-            value, quote, rest = rest[1:].partition("'")
-            if not quote or (rest and not rest.startswith(",")):
-                raise PolicyError(f"read the policy {spec!r}", found="an unclosed quote")
-            rest = rest[1:]
-        else:
-            value, _, rest = rest.partition(",")
-        pairs.append((key.strip(), value.strip()))
-    return pairs
+def policy_family(name: str) -> Family:
+    """What the policy of this name decides by, at its default settings.
+
+    Raises:
+        PolicyError: unknown name.
+
+    Example:
+        >>> policy_family("linear-probe"), policy_family("gradual"), policy_family("placebo")
+        ('static', 'scheduled', 'combinator')
+    """
+    kind = policy_class(name)
+    if name in available_combinators():
+        return "combinator"
+    needs = () if (policy := default_policy(name)) is None else policy.needs()
+    patience = [default_of(f) for f in options_of(kind) if f.name == "patience"]
+    # Patience is counted in evaluations, so a policy with a default for it waits on a metric.
+    if any(need.every is not None for need in needs) or any(patience):
+        return "dynamic"
+    return "static" if needs or kind.__module__.endswith(".static") else "scheduled"
 
 
-def _convert(text: str, hint: Any, where: str) -> Any:
-    choices = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if type(None) in choices and text.lower() in ("none", ""):
+def default_policy(name: str) -> Policy | None:
+    """The policy of this name at its default settings; None if it has an option without one.
+
+    Raises:
+        PolicyError: unknown name.
+
+    Example:
+        >>> default_policy("linear-probe"), default_policy("freeze")
+        (LinearProbe(live_norm=False), None)
+    """
+    kind = policy_class(name)
+    if any(default_of(f) is dataclasses.MISSING for f in options_of(kind)):
         return None
-    readers: dict[Any, Any] = {
-        bool: _bool,
-        int: int,
-        float: float,
-        Duration: Duration.parse,
-        Selector: select,
-        str: str,
-    }
-    for kind in choices:
-        if typing.get_origin(kind) is typing.Literal:
-            if text in typing.get_args(kind):
-                return text
-            continue
-        if kind in readers:
-            try:
-                return readers[kind](text)
-            except ValueError:
-                continue
-    raise PolicyError(
-        f"read {where!r}",
-        found=f"{text!r}, which is no {_readable(hint)}",
-        fix=f"a value of type {_readable(hint)}",
-    )
-
-
-def _readable(hint: Any) -> str:
-    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
-
-
-def _bool(text: str) -> bool:
-    if text.lower() in ("true", "yes", "1", "on"):
-        return True
-    if text.lower() in ("false", "no", "0", "off"):
-        return False
-    raise ValueError(text)
+    try:
+        return kind()
+    except PolicyError:  # one of several options must be given
+        return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frostline import _io
-from frostline.errors import ConfigError, DataError
+from frostline.errors import ConfigError, DataError, PolicyError
 from frostline.policy import Policy
 from frostline.records import RunRecord, read_run
 from frostline.registry import policy_text
@@ -97,7 +97,8 @@ def fit(
     Args:
         model: what to fine-tune, e.g. "timm:resnet18".
         data: what to learn from, e.g. a folder of class folders.
-        policy: what is frozen when, e.g. "gradual:every=1ep" (the default is gradual).
+        policy: what is frozen when, e.g. "gradual:every=1ep" (the default is gradual), or a
+            `Policy` of registered classes, also a combined one.
         config: settings, or a YAML file of them; what is given here by name wins.
         fresh: start over: an earlier run in the same folder is moved aside, never overwritten.
         on_event: receives progress: mappings with "kind" (start, step, epoch, decision,
@@ -106,6 +107,7 @@ def fit(
 
     Raises:
         ConfigError: unknown or contradictory settings, or another run in the folder.
+        PolicyError: unknown policy or option, or a policy that has no short form.
         DataError: the data cannot be used.
         ModelError: the model cannot be had.
         TrainingError: training cannot go on.
@@ -161,7 +163,7 @@ def load(run: Run | str | Path) -> Loaded:
 
 def _settings(config: RunConfig | str | Path | None, given: dict[str, Any]) -> RunConfig:
     if isinstance(given.get("policy"), Policy):
-        given["policy"] = policy_text(given["policy"])
+        given["policy"] = _short_form(given["policy"])
     if isinstance(given.get("data"), Path):
         given["data"] = str(given["data"])
     if not isinstance(config, RunConfig):
@@ -169,6 +171,19 @@ def _settings(config: RunConfig | str | Path | None, given: dict[str, Any]) -> R
     if unknown := given.keys() - RunConfig.model_fields.keys():
         raise ConfigError(f"set {min(unknown)!r}", found="no setting of that name")
     return load_config(None, config.model_dump(exclude_unset=True) | given)
+
+
+def _short_form(policy: Policy) -> str:
+    """What the settings record, so that the run can go on in another process."""
+    text = policy_text(policy)
+    if text == repr(policy):
+        raise PolicyError(
+            f"record the policy {text[:200]}",
+            found="no short form that gives it back, so the run could not be gone on with",
+            fix="register its class as an entry point of 'frostline.policies', and write "
+            "selectors as strings",
+        )
+    return text
 
 
 def _ignore(event: dict[str, Any]) -> None:
