@@ -474,6 +474,8 @@ def _parse(text: str, path: str) -> _Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         found = str(error.problem or error.context)
+        if error.problem and error.context and error.context_mark:
+            found += f" ({error.context} that begins on line {error.context_mark.line + 1})"
         raise _bad(path, mark.line + 1 if mark else 1, found, "plain YAML") from error
     except yaml.YAMLError as error:
         found = " ".join(str(error).split())
