@@ -255,6 +255,7 @@ def test_the_order_is_that_of_execution(make: Callable[[], Policy]) -> None:
 def test_the_prefix_of_a_real_network_is_what_runs_first() -> None:
     """The same with a network that registers its layers in another order than it runs them."""
     torch = pytest.importorskip("torch")
+    from frostline.backends.torch.example import Example
     from frostline.backends.torch.grouping import layer_groups
 
     class Backwards(torch.nn.Module):
@@ -267,7 +268,7 @@ def test_the_prefix_of_a_real_network_is_what_runs_first() -> None:
         def forward(self, x):  # type: ignore[no-untyped-def]
             return self.head(self.second(self.first(x)).relu())
 
-    groups = layer_groups(Backwards(), torch.zeros(1, 4))
+    groups = layer_groups(Backwards(), Example((torch.zeros(2, 4),)))
     policy = ComposerLinear(every=D("1st"))
     assert plan_at(policy, 80, groups=groups).frozen == {"first"}
     assert plan_at(policy, 100, groups=groups).frozen == {"first", "second"}
