@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ def plans(policy: Policy, readings: Readings, groups: LayerGroups) -> list[Freez
         plan, state = policy.decide(groups, state, Event(EventKind.STEP, progress, **seen))
         again, same = policy.decide(groups, state, Event(EventKind.STEP, progress, **seen))
         assert (again, same) == (plan, state), "one reading counts once"
+        json.dumps(state, allow_nan=False)
         found.append(plan)
     return found
 

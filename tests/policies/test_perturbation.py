@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +36,7 @@ def plans(policy: Policy, readings: Readings, groups: LayerGroups) -> list[Freez
         event = Event(EventKind.STEP, Progress(i, 100, 5), **seen)
         plan, state = policy.decide(groups, state, event)
         assert policy.decide(groups, state, event) == (plan, state), "one reading counts once"
+        json.dumps(state, allow_nan=False)
         found.append(plan)
     return found
 
@@ -111,6 +113,9 @@ def test_apf_halves_its_threshold_while_most_is_frozen() -> None:
     assert checks(policy, [two, two, two], groups) == ["01", "", "01"]
     three = dict.fromkeys(two, 0.05)
     assert checks(policy, [three, three, three], groups) == ["012", "", ""]
+    three = dict.fromkeys(two, 0.03)
+    assert checks(policy, [three, three, three], groups) == ["012", "", "012"]
+    three = dict.fromkeys(two, 0.05)
     assert checks(replace(policy, crowded=0.6), [two, two, two], groups) == ["01", "", ""]
     assert checks(replace(policy, crowded=1), [three, three, three], groups) == ["012", "", "012"]
 
@@ -326,9 +331,10 @@ def test_slimfit_stays_with_a_weight_for_two_steps_before_it_judges_it() -> None
 
 
 def test_slimfit_ignores_what_is_not_finite() -> None:
-    distances = dict.fromkeys(weights(example_groups(3)), math.nan)
-    found = visits(SLIM, distances, 4, 3)
-    assert found == [found[0]] * 4
+    for value in (math.nan, math.inf):
+        readings = [dict.fromkeys(weights(example_groups(3)), value)] * 4
+        found = plans(SLIM, readings, example_groups(3))
+        assert found == [found[0]] * 5
 
 
 def test_slimfit_says_what_it_costs() -> None:
