@@ -285,7 +285,11 @@ class MaxFrozen(_Wrapper):
 
 @dataclass(frozen=True, slots=True)
 class PrefixOnly(_Wrapper):
-    """Only the unbroken run of frozen groups from the input stays frozen: what can be skipped."""
+    """Only the unbroken run of frozen groups from the input stays frozen: what can be skipped.
+
+    Attributes:
+        policy: the inner policy.
+    """
 
     def change(self, groups: LayerGroups, plan: FreezePlan, event: Event) -> FreezePlan:
         """The frozen prefix of the plan."""
@@ -349,7 +353,7 @@ class Discriminative(_Wrapper):
 
 @dataclass(frozen=True, slots=True)
 class Slanted(_Wrapper):
-    """Slanted triangular learning rates: a short linear rise, then a long linear fall to the end.
+    """Slanted triangular learning rates: a short linear rise, then a long linear fall.
 
     A factor on the rate of every group, so the schedule of the optimizer itself should be constant
     (`schedule=constant`): any other one is multiplied. Needs a known number of steps.

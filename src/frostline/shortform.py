@@ -28,7 +28,17 @@ from frostline.errors import FrostlineError, PolicyError
 from frostline.policy import Policy
 from frostline.select import Selector, select
 
-__all__ = ["MAX_DEPTH", "MAX_LENGTH", "read_policy", "write_policy"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_LENGTH",
+    "default_of",
+    "hints_of",
+    "options_of",
+    "read_policy",
+    "readable_type",
+    "write_policy",
+    "write_value",
+]
 
 #: Characters of a short form, and policies within policies. Far more than anyone writes by hand.
 MAX_LENGTH = 10_000
@@ -73,7 +83,7 @@ def write_policy(policy: Policy, name_of: Callable[[type[Policy]], str | None]) 
         value = getattr(policy, field.name)
         if value == default_of(field):
             continue
-        text = _written(value, name_of)
+        text = write_value(value, name_of)
         if text is None:
             return None
         options.append(f"{field.name}={text}")
@@ -111,12 +121,24 @@ def hints_of(kind: type[Policy]) -> dict[str, Any]:
 # -- writing ----------------------------------------------------------------------------------
 
 
-def _written(value: Any, name_of: Callable[[type[Policy]], str | None]) -> str | None:
+def _nameless(kind: type[Policy]) -> None:
+    del kind
+
+
+def write_value(
+    value: Any, name_of: Callable[[type[Policy]], str | None] = _nameless
+) -> str | None:
+    """The value of an option as it stands in a short form; None where it cannot be written.
+
+    Example:
+        >>> write_value(Duration.parse("10%")), write_value(True), write_value("a, b")
+        ('10%', 'true', "'a, b'")
+    """
     if isinstance(value, Policy):
         inner = write_policy(value, name_of)
         return None if inner is None else f"({inner})"
     if isinstance(value, tuple):
-        each = [_written(item, name_of) for item in value if isinstance(item, Policy)]
+        each = [write_value(item, name_of) for item in value if isinstance(item, Policy)]
         whole = each and len(each) == len(value) and None not in each
         return "".join(map(str, each)) if whole else None
     if value is None or isinstance(value, bool):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from frostline import __version__
-from frostline.registry import available_policies
+from frostline.registry import available_combinators, available_policies
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,12 +35,12 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
 
-def test_every_module_and_the_type_marker_are_inside(wheel):
+def test_every_module_the_evidence_and_the_type_marker_are_inside(wheel):
     inside = {name for name in wheel.namelist() if name.startswith("frostline/")}
     ours = {
         str(path.relative_to(ROOT / "src"))
         for path in (ROOT / "src/frostline").rglob("*")
-        if path.suffix in (".py", ".typed")
+        if path.suffix in (".py", ".typed", ".json")
     }
     assert ours == inside
     assert "frostline/py.typed" in inside
@@ -53,6 +53,7 @@ def test_the_command_and_the_policies_are_registered(wheel):
     points.read_string(wheel.read(name).decode())
     assert points["console_scripts"]["frostline"] == "frostline.cli:main"
     assert dict(points["frostline.policies"]) == dict(available_policies())
+    assert dict(points["frostline.combinators"]) == dict(available_combinators())
 
 
 def test_the_licence_is_inside(wheel):

@@ -1,90 +1,138 @@
-"""`frostline policies`: what can decide what is frozen, and its options."""
+"""`frostline policies`: what can decide what is frozen, its options, and what it was worth."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import shlex
 import sys
-from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from frostline.cli.cards import Card, card
 from frostline.cli.terminal import console, escape, print_json, print_table
-from frostline.policy import Policy
-from frostline.registry import available_policies, policy_class
+from frostline.registry import (
+    FAMILIES,
+    available_combinators,
+    available_policies,
+    policy_family,
+)
 
 __all__ = ["policies"]
 
+_LEGEND = """\
+Options, price and evidence of one: frostline policies NAME
+Combine: --policy "then:first=(linear-probe),after=2ep,second=(gradual:every=1ep)\""""
+_CONTROLS = {
+    "vs_full": "full fine-tuning",
+    "vs_prefix": "a static prefix of equal compute",
+    "vs_time_matched": "full fine-tuning cut to its compute",
+    "vs_placebo": "its placebo",
+}
+_MODELS = {"resnet20": "ResNet-20", "bert": "BERT 6x384"}
+
 
 def policies(
-    name: Annotated[str | None, Parameter(help="Show this policy with its options.")] = None,
+    name: Annotated[
+        str | None, Parameter(help="Show this policy: options, price, evidence.")
+    ] = None,
     *,
     json: Annotated[bool, Parameter(negative="", help="Print JSON.")] = False,
 ) -> None:
-    """List the freezing policies, or show one with its options.
+    """List the freezing policies, or show one with its options, its price and its evidence.
 
-    A policy is written NAME or NAME:OPTION=VALUE,OPTION=VALUE, for example gradual:every=2ep.
+    A policy is written NAME or NAME:OPTION=VALUE,OPTION=VALUE, for example gradual:every=2ep. A
+    policy made of policies takes them in parentheses: placebo:policy=(gradual:every=2ep),seed=1.
     """
     if name is not None:
-        _show(name, as_json=json)
-    elif json:
-        print_json({known: _first_line(known) for known in available_policies()})
-    else:
-        rows = [(known, _first_line(known)) for known in available_policies()]
-        print_table({"policy": "left", "what it does": "left"}, rows)
-        console(sys.stdout).print("Options and source of one: frostline policies NAME")
-
-
-@dataclass(frozen=True, slots=True)
-class _Option:
-    """One field of a policy, as its user writes it."""
-
-    option: str
-    type: str
-    default: str
-
-
-def _options(kind: type[Policy]) -> list[_Option]:
-    return [
-        _Option(f.name, str(f.type), "required" if _required(f) else _written(f.default))
-        for f in dataclasses.fields(cast("Any", kind))
-        if f.init
-    ]
-
-
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
-
-
-def _written(default: object) -> str:
-    return str(default).lower() if default is None or isinstance(default, bool) else str(default)
-
-
-def _show(name: str, *, as_json: bool) -> None:
-    kind = policy_class(name)
-    options = _options(kind)
-    about = inspect.getdoc(kind) or ""
-    if as_json:
-        print_json(
-            {"name": name, "options": [dataclasses.asdict(o) for o in options], "about": about}
-        )
+        shown = card(name)
+        if json:
+            print_json(_as_json(shown))
+        else:
+            _print(shown)
         return
-    out = console(sys.stdout)
-    for line in about.splitlines():
-        out.print(escape(line), soft_wrap=True)
-    if options:
+    listed = [
+        (policy_family(known), known, card(known).summary)
+        for known in (*available_policies(), *available_combinators())
+    ]
+    if json:
+        print_json({known: {"family": f, "about": about} for f, known, about in listed})
+        return
+    for family, meaning in FAMILIES.items():
         print_table(
-            {"option": "left", "type": "left", "default": "left"},
-            [dataclasses.astuple(o) for o in options],
+            {"policy": "left", "what it does": "left"},
+            [row for of, *row in listed if of == family],
+            title=f"{family}: {meaning}",
         )
-    given = ",".join(f"{o.option}={_value(o)}" for o in options)
-    out.print(f"--policy {escape(name)}" + (f":{given}" if given else ""), soft_wrap=True)
+    _lines(_LEGEND)
 
 
-def _value(option: _Option) -> str:
-    return "..." if option.default == "required" else option.default
+def _as_json(shown: Card) -> dict[str, Any]:
+    given = dataclasses.asdict(shown)
+    return {**given, "options": [dataclasses.asdict(o) for o in shown.options]}
 
 
-def _first_line(name: str) -> str:
-    return (inspect.getdoc(policy_class(name)) or "").partition("\n")[0]
+def _print(shown: Card) -> None:
+    _lines(shown.description)
+    if shown.options:
+        print_table(
+            {"option": "left", "type": "left", "default": "left", "meaning": "left"},
+            [(o.option, o.type, o.default, o.meaning) for o in shown.options],
+        )
+    else:
+        _lines("\nNo options.\n")
+    for heading, text in (
+        ("Reads", "; ".join(shown.reads)),
+        ("Price", shown.notice),
+        ("References", shown.references),
+        ("Evidence", "\n".join(_evidence(shown))),
+    ):
+        if text:
+            _lines(f"{heading}:\n{_indented(text)}\n")
+    given = ",".join(f"{o.option}={_given(o.default)}" for o in shown.options)
+    _lines(f"--policy {shlex.quote(f'{shown.name}:{given}' if given else shown.name)}")
+
+
+def _evidence(shown: Card) -> list[str]:
+    found = shown.evidence or {}
+    if "accuracy" not in found:
+        lines = [] if shown.family == "combinator" else ["not measured"]
+    else:
+        lines = [
+            f"{found['setting']}, as {found['spec']}:",
+            f"test accuracy {_mean(found['accuracy'])}, full fine-tuning {_mean(found['full'])}",
+            f"{found['compute_share']:.0%} of the compute of full fine-tuning",
+        ]
+        for key, control in _CONTROLS.items():
+            if found.get(key):
+                lines.append(f"{_difference(found[key])} points against {control}")
+        lines.append(found["verdict"])
+    if cost := found.get("overhead"):
+        models = ", ".join(f"{p:.1f} % on {_MODELS.get(m, m)}" for m, p in cost.items())
+        lines.append(f"its own cost, of a training step: {models}")
+    return lines
+
+
+def _mean(accuracy: float | list[float]) -> str:
+    values = accuracy if isinstance(accuracy, list) else [accuracy]
+    return f"{100 * sum(values) / len(values):.1f} %"
+
+
+def _difference(interval: list[float | None]) -> str:
+    mean, low, high = (None if v is None else 100 * v for v in interval)
+    ends = "" if low is None or high is None else f" ({low:+.1f} to {high:+.1f})"
+    return f"{mean:+.1f}{ends}"
+
+
+def _given(default: str) -> str:
+    return "..." if default == "required" else default
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" if line else "" for line in text.splitlines())
+
+
+def _lines(text: str) -> None:
+    out = console(sys.stdout)
+    for line in text.splitlines():
+        out.print(escape(line), soft_wrap=True)

@@ -20,7 +20,7 @@ __all__ = ["Spectrum", "module_type"]
 
 @dataclass(frozen=True, slots=True)
 class Spectrum(Policy):
-    """Spectrum: train the weight matrices with the clearest spectra of each type, from the start.
+    """Spectrum: train the weight matrices with the clearest spectra of each type, throughout.
 
     The score of a matrix is the sum of its singular values above the noise edge over the sum of
     those below, divided by the largest; the edge is IQR / 1.349 * (1 + sqrt(beta)), with beta the
