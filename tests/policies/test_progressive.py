@@ -200,6 +200,7 @@ def test_composer_freezes_linearly_at_the_ends_of_epochs() -> None:
     assert frozen_at(ComposerLinear()) == [60, 70, 80, 90]
     assert len(plan_at(ComposerLinear(), 100).frozen) == 5
     assert frozen_at(ComposerLinear(every=D("1st"), freeze_level=0.6)) == [67, 84]
+    assert frozen_at(ComposerLinear(freeze_level=0.6)) == [70, 90]
     assert frozen_at(ComposerLinear(freeze_start=0, freeze_level=0.5)) == [40, 80]
 
 
