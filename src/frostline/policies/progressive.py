@@ -232,8 +232,8 @@ class ComposerLinear(Policy):
 
     References:
         MosaicML Composer, LayerFreezing: https://docs.mosaicml.com/projects/composer. There the
-        order is that of the module tree, and a run that froze something cannot be saved; here it
-        is the order of execution, the only one in which the frozen part can be skipped.
+        order is that of the module tree, and its checkpoints cannot reliably resume; here it is
+        the order of execution, the only one in which the frozen part can be skipped.
 
     Example:
         >>> ComposerLinear(freeze_start=0.25).freeze_level

@@ -29,8 +29,8 @@ class Spectrum(Policy):
     other matrices, biases, norms and embeddings. No data is read.
 
     Attributes:
-        share: share of the matrices of a type that train, in [0, 1]. 0.25: the paper reports 0.25
-            and 0.5.
+        share: share of the matrices of a type that train, in [0, 1]. 0.25, the smaller of the two
+            that the paper reports; the public implementation takes 0.5 unless told otherwise.
         embeddings: train the embeddings, too, as the public implementation always does. Off, ours:
             they lie at the input, so that the gradient would have to pass through the whole model.
 

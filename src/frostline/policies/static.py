@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from frostline.compose import kept_plan, kept_text
-from frostline.errors import PolicyError
+from frostline.errors import PolicyError, few
 from frostline.groups import LayerGroup, LayerGroups, TensorInfo
 from frostline.plan import FreezePlan
 from frostline.policies.common import backbone
@@ -430,7 +430,7 @@ class FreezeEmbeddings(_Fixed):
                 "the embedding of a model for pictures",
             )
         rest = _wanted(groups, lambda p: p.kind != "embedding")
-        plan = training(groups, rest, reason=f"{len(names)} embedding tables are frozen")
+        plan = training(groups, rest, reason=f"embeddings frozen throughout: {few(sorted(names))}")
         return plan.without(g.name for g in groups if not g.parameter_names & names)
 
 
