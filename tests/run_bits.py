@@ -13,7 +13,7 @@ from frostline.backends.torch.checkpoint import checkpoint_folders
 from frostline.records import without_costs
 
 #: Keys of a summary that depend on the clock or the machine.
-_CLOCK = ("wall_s", "measure_s", "policy_s", "signals_s", "apply_s", "digest_s")
+_CLOCK = ("wall_s", "measure_s", "policy_s", "signals_s", "apply_s", "digest_s", "signal_s")
 _MACHINE = ("peak_memory_bytes", "backward_share")
 
 
@@ -29,8 +29,7 @@ def run_bits(run: Path) -> dict[str, Any]:
     summary = json.loads((run / "summary.json").read_text())
     return {
         "last": last.name[:13],
-        "weights": _sha256(last / "model.safetensors"),
-        "optimizer": _sha256(last / "optimizer.safetensors"),
+        "tensors": {file.name: _sha256(file) for file in sorted(last.glob("*.safetensors"))},
         "state": state,
         "record": [without_costs(line) for line in read_lines(run / "record.jsonl").records],
         "certificate": _sha256(run / "certificate.json"),

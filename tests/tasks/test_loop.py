@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from frostline.backends.torch.freeze import torch_driver
+from frostline.clock import Duration
 from frostline.driver import Driver
 from frostline.errors import NonFiniteLoss
 from frostline.groups import GroupCost, LayerGroup, LayerGroups, TensorInfo
+from frostline.plan import FreezePlan
+from frostline.policy import Event, EventKind, Policy, State
+from frostline.signals import Need
 from frostline.tasks.config import RunConfig
 from frostline.tasks.loop import Best, Listener, LoopState, Parts, TrainingLoop
 from frostline.tasks.order import Batching, derive_seed, epoch_order
@@ -233,6 +237,80 @@ def test_a_run_that_ends_as_patience_does_is_not_stopped_early():
     setting.loop.run()
     assert not setting.loop.state.stopped_early
     assert setting.loop.done
+
+
+def test_patience_waits_while_the_policy_is_to_end_the_phase():
+    """LP-FT whose probe stalls goes on to fine-tuning; then patience counts afresh."""
+    setting = Setting(epochs=12, patience=2, policy="lp-ft:probe=50%,restore_best=false")
+    stub_metrics(setting, [0.9, *[0.1] * 11])
+    setting.loop.run()
+    state = setting.loop.state
+    assert [d.step for d in setting.driver.decisions] == [0, 18]  # after six epochs
+    assert state.evaluated == 8  # two more without improvement
+    assert state.stopped_early
+    assert not state.policy_done
+    assert state.best == Best(1, 3, 0.9, 1.0)
+
+
+def test_patience_counts_afresh_after_a_change_of_phase_between_evaluations():
+    setting = Setting(epochs=9, patience=2, policy="lp-ft:probe=4st,restore_best=false")
+    stub_metrics(setting, [0.9, *[0.1] * 8])
+    setting.loop.run()
+    # The second evaluation is the first of the second phase; the third and fourth count.
+    assert setting.loop.state.evaluated == 4
+
+
+def test_a_policy_that_is_done_ends_the_run_and_it_is_not_called_early_stopping():
+    setting = Setting(epochs=99, patience=2, policy="chain-thaw:patience=1")
+    stub_metrics(setting, [0.5] * 99)
+    setting.loop.run()
+    state = setting.loop.state
+    assert state.policy_done
+    assert not state.stopped_early
+    assert state.evaluated == 6  # three phases: head, first layer, all; two evaluations each
+    assert setting.driver.plan.done
+    assert LoopState.from_json(state.to_json()) == state
+
+
+def test_a_policy_that_is_done_with_the_last_epoch_did_not_end_the_run():
+    setting = Setting(epochs=6, policy="chain-thaw:patience=1")
+    stub_metrics(setting, [0.5] * 6)
+    setting.loop.run()
+    assert setting.driver.plan.done
+    assert not setting.loop.state.policy_done
+
+
+def test_a_checkpoint_of_before_phases_is_read():
+    data = LoopState(step=3).to_json()
+    del data["phase"], data["policy_done"]
+    assert LoopState.from_json(data) == LoopState(step=3)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reads(Policy):
+    """Reads a signal; tests of what the loop samples."""
+
+    signal: str
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Need(self.signal, Duration.parse("1st")),)
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        return FreezePlan(), state | {"seen": [*state.get("seen", []), *_newest(event)]}
+
+
+def _newest(event: Event) -> list[float]:
+    values = event.signals.get("loss", {})
+    return [next(iter(values.values()))] if values and event.kind is EventKind.STEP else []
+
+
+def test_policies_may_read_the_training_loss(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(globals(), "build_policy", lambda config: Reads("loss"))
+    setting = Setting(epochs=1)
+    setting.loop.run()
+    seen = setting.driver.state()["policy_state"]["seen"]
+    assert seen == setting.losses[:-1]  # each at the step after it
+    assert setting.driver.costs.signal_s["loss"] > 0
 
 
 @pytest.mark.parametrize(

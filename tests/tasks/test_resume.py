@@ -229,3 +229,71 @@ def test_a_disk_that_fills_at_any_call(tmp_path: Path, straight: dict[str, Any])
     total = calls_of_a_run(tmp_path / "counted")
     for number, at in enumerate(range(0, total, max(1, total // 60))):
         disk_fills(tmp_path / f"run{number}", at, straight)
+
+
+PHASES = """\
+phases:
+  - train: head
+    patience: 1
+    min_delta: 9   # nothing is that much better: two epochs of three updates
+  - add: last 2 groups
+    length: 5st    # from update 6 to 11, back to the weights of update 9
+    restore_best: true
+  - train: all
+    lr: 0.5
+    patience: 1
+    min_delta: 9
+"""
+
+
+@pytest.fixture(scope="module")
+def phased(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings with that schedule, and the uninterrupted run."""
+    folder = tmp_path_factory.mktemp("phased")
+    (folder / "phases.yaml").write_text(PHASES)
+    settings = SETTINGS | {"policy": f"phases:file={folder / 'phases.yaml'}", "epochs": 12}
+    with use_disk(QuickDisk()):
+        frostline.fit(**settings, output=folder / "run")
+    return settings, run_bits(folder / "run")
+
+
+def test_a_run_goes_through_its_phases_and_ends_with_them(phased):
+    _, bits = phased
+    decisions = bits["state"]["parts"]["driver"]["decisions"]
+    assert [(d["step"], d["plan"].get("phase", 0)) for d in decisions] == [
+        (0, 0), (6, 1), (11, 2), (15, 3)
+    ]  # fmt: skip
+    summary = bits["summary"]
+    assert (summary["steps"], summary["epochs_run"]) == (15, 5)
+    assert summary["policy_done"]
+    assert not summary["stopped_early"]
+    assert summary["certificate_ok"]
+
+
+@pytest.mark.parametrize("step", [2, 7, 10, 13, 15])
+def test_stopped_in_any_phase_it_goes_on_as_if_nothing_had_happened(tmp_path, phased, step: int):
+    """What is kept of a phase, its best weights and its counts, is in the checkpoint."""
+    settings, straight = phased
+    with pytest.raises(Stop):
+        frostline.fit(**settings, output=tmp_path / "run", on_event=stop_at(step))
+    frostline.fit(**settings, output=tmp_path / "run")
+    assert run_bits(tmp_path / "run") == straight
+
+
+@pytest.mark.slow
+def test_killed_in_every_phase_of_a_schedule(tmp_path: Path, phased):
+    settings, straight = phased
+    kills = [{"event": 8}, {"event": 8}, {"disk": 70}, {"event": 6}, {"event": 5}]
+    run_with_kills(tmp_path / "run", kills, settings)
+    assert run_bits(tmp_path / "run") == straight
+
+
+def test_a_schedule_that_was_changed_is_not_gone_on_with(tmp_path: Path):
+    file = tmp_path / "phases.yaml"
+    file.write_text(PHASES)
+    settings = SETTINGS | {"policy": f"phases:file={file}", "epochs": 12}
+    with pytest.raises(Stop):
+        frostline.fit(**settings, output=tmp_path / "run", on_event=stop_at(5))
+    file.write_text(PHASES.replace("5st", "7st"))
+    with pytest.raises(StorageError, match="written under"):
+        frostline.fit(**settings, output=tmp_path / "run")

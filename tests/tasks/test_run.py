@@ -20,6 +20,7 @@ import tiny_task
 from faulty_disk import QuickDisk, use_disk
 from frostline._io import verify_folder
 from frostline.backends.torch.checkpoint import checkpoint_folders, load_checkpoint
+from frostline.driver import Driver
 from frostline.errors import (
     ConfigError,
     DamagedFile,
@@ -29,12 +30,15 @@ from frostline.errors import (
     StorageError,
 )
 from frostline.policies.scheduled import Gradual
+from frostline.policies.static import Full, LinearProbe
 from frostline.records import comparison_table
 from frostline.tasks import folder as folders
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.folder import claim
+from frostline.tasks.meter import CostMeter
 from frostline.tasks.resources import Interrupt, PeakMemory, borrowed_process, pick_device
 from frostline.tasks.run import Run
+from numpy_case import NumpyCase
 
 SETTINGS: dict[str, Any] = {
     "model": "tiny_task:tiny_model",
@@ -171,6 +175,48 @@ def test_the_tuned_model_is_the_best_one(finished):
         )
     ]
     assert sum(hits) / len(hits) == run.summary["test_accuracy"]
+
+
+def test_what_signals_cost_is_in_the_summary(tmp_path: Path):
+    settings = SETTINGS | {"policy": "autofreeze:every=2st"}
+    summary = frostline.fit(**settings, output=tmp_path / "run").summary
+    assert summary["signal_s"].keys() == {"summed_gradient_l1"}
+    assert 0 < sum(summary["signal_s"].values()) <= summary["signals_s"]
+    assert summary["widened_steps"] >= 0
+
+
+def test_costs_of_signals_add_up_over_sessions():
+    meter = CostMeter(torch.device("cpu"), {"signal_s": {"a": 1.0, "b": 2.0}, "widened_steps": 3})
+    driver = Driver(Full(), NumpyCase().backend)
+    driver.costs.signal_s = {"b": 0.5, "c": 4.0}
+    driver.costs.widened_steps = 5
+    read = meter.read(driver, measure_s=0.0)
+    assert read["signal_s"] == {"a": 1.0, "b": 2.5, "c": 4.0}
+    assert read["widened_steps"] == 5  # the driver's own count goes through all sessions
+
+
+def test_what_a_policy_has_to_say_is_said_once(tmp_path: Path, monkeypatch, caplog):
+    """At the start of a run, not again when it is gone on with."""
+    monkeypatch.setattr(LinearProbe, "notice", lambda self: "costs a fortune")
+    settings = SETTINGS | {"output": tmp_path / "run"}
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "checkpoint":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        frostline.fit(**settings, on_event=stop)
+    frostline.fit(**settings)
+    said = [r for r in caplog.records if "costs a fortune" in r.getMessage()]
+    assert [r.levelname for r in said] == ["WARNING"]
+
+
+def test_a_run_that_ends_before_its_policy_says_so(tmp_path: Path, caplog):
+    frostline.fit(**SETTINGS | {"policy": "chain-thaw"}, output=tmp_path / "run")
+    assert "before its policy did, in phase 1 of 5" in caplog.text
+    caplog.clear()
+    frostline.fit(**SETTINGS | {"policy": "lp-ft"}, output=tmp_path / "other")
+    assert "before its policy" not in caplog.text
 
 
 def test_patience_stops_and_the_best_epoch_counts(tmp_path: Path):

@@ -174,7 +174,8 @@ class RunConfig(BaseModel):
         3,
         ge=1,
         description="Epochs without a better validation score before stopping, >= 1, or null to "
-        "run to the end. The best epoch's weights are restored either way.",
+        "run to the end. It counts afresh at each phase of the policy, and waits while the policy "
+        "is to end the phase by itself. The best epoch's weights are restored either way.",
     )
     optimizer_state: Literal["keep", "release"] = Field(
         "keep",

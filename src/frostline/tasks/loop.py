@@ -25,6 +25,7 @@ from frostline.driver import Driver
 from frostline.errors import NonFiniteLoss
 from frostline.groups import LayerGroup, LayerGroups
 from frostline.plan import FreezePlan
+from frostline.policies.phases import ends_its_phase
 from frostline.tasks.config import RunConfig
 from frostline.tasks.order import Batching, derive_seed, epoch_order, seed_update
 from frostline.tasks.resources import Interrupt
@@ -68,8 +69,10 @@ class LoopState:
         step: updates complete.
         evaluated: epochs whose evaluation is complete.
         best: the best epoch so far.
-        stale: evaluations since the best one.
+        stale: evaluations since the best one, or since the policy's last change of phase.
+        phase: of the plan after the last evaluation.
         stopped_early: whether patience ran out.
+        policy_done: whether the policy ended the run before its epochs were over.
         loss_sum: weighted sum of the losses of this epoch's samples.
         loss_weight: sum of those weights.
         trained_share_sum: over all updates, parameters that trained as a share of all.
@@ -80,7 +83,9 @@ class LoopState:
     evaluated: int = 0
     best: Best | None = None
     stale: int = 0
+    phase: int = 0
     stopped_early: bool = False
+    policy_done: bool = False
     loss_sum: float = 0.0
     loss_weight: float = 0.0
     trained_share_sum: float = 0.0
@@ -142,7 +147,7 @@ class Listener:
 
 @dataclass(slots=True)
 class TrainingLoop:
-    """Trains until the epochs are over or patience runs out.
+    """Trains until the epochs are over, patience runs out, or the policy has nothing more to do.
 
     Args:
         task: data and how to feed it.
@@ -174,7 +179,8 @@ class TrainingLoop:
     @property
     def done(self) -> bool:
         """Whether training is over."""
-        return self.state.stopped_early or self.state.evaluated >= self.config.epochs
+        state = self.state
+        return state.stopped_early or state.policy_done or state.evaluated >= self.config.epochs
 
     def run(self) -> None:
         """Train from where `state` is to the end.
@@ -223,7 +229,7 @@ class TrainingLoop:
                 raise self._not_finite(f"a loss of {value}")
             if parts.scaler is not None:
                 parts.scaler.unscale_(parts.optimizer)
-            parts.driver.sample()
+            parts.driver.sample(loss=value)
             self._clip()
             self._step()
         return value, weight
@@ -298,24 +304,29 @@ class TrainingLoop:
         metrics |= {f"val_{name}": value for name, value in measured.items()}
         self.parts.driver.evaluated(metrics)
         found = Best(state.evaluated + 1, state.step, measured["accuracy"], measured["loss"])
-        better = found.beats(state.best)
+        better, plan = found.beats(state.best), self.parts.driver.plan
         self.state = replace(
             state,
             evaluated=state.evaluated + 1,
             best=found if better else state.best,
-            stale=0 if better else state.stale + 1,
+            stale=0 if better or plan.phase != state.phase else state.stale + 1,
+            phase=plan.phase,
             loss_sum=0.0,
             loss_weight=0.0,
         )
-        patience = self.config.patience
-        self.state.stopped_early = (
-            patience is not None
-            and self.state.stale >= patience
-            and self.state.evaluated < self.config.epochs
-        )
+        if self.state.evaluated < self.config.epochs:
+            self.state.policy_done = plan.done
+            self.state.stopped_early = not plan.done and self._out_of_patience(plan)
         self.listener.evaluated(metrics, better)
         if not self.done and self._checkpoint_due():
             self.listener.checkpoint()
+
+    def _out_of_patience(self, plan: FreezePlan) -> bool:
+        """Whether too many epochs brought nothing, and the policy has no answer of its own."""
+        patience, driver = self.config.patience, self.parts.driver
+        if patience is None or self.state.stale < patience:
+            return False
+        return not ends_its_phase(driver.policy, driver.backend.groups, plan)
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Loss and accuracy on a split, without augmentation.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ class CostMeter:
     """
 
     device: torch.device
-    carried: Mapping[str, float] = field(default_factory=dict)
+    carried: Mapping[str, Any] = field(default_factory=dict)
     _started: float = field(init=False, default_factory=time.perf_counter)
     _peak: PeakMemory = field(init=False)
 
@@ -47,8 +48,8 @@ class CostMeter:
         """The most memory that any session used."""
         return max(int(self.carried.get("peak_memory_bytes", 0)), self._peak.read())
 
-    def read(self, driver: Driver, *, measure_s: float) -> dict[str, float]:
-        """All costs so far, by name.
+    def read(self, driver: Driver, *, measure_s: float) -> dict[str, Any]:
+        """All costs so far, by name; `signal_s` holds the seconds of each signal by its name.
 
         Args:
             driver: of this session; its own costs are listed by purpose.
@@ -57,4 +58,10 @@ class CostMeter:
         session = {name: getattr(driver.costs, name) for name in _DRIVER}
         session["measure_s"] = measure_s
         summed = {name: self.carried.get(name, 0.0) + s for name, s in session.items()}
-        return summed | {"wall_s": self.wall_s, "peak_memory_bytes": self.peak_memory_bytes}
+        before, now = self.carried.get("signal_s", {}), driver.costs.signal_s
+        return summed | {
+            "signal_s": {n: before.get(n, 0.0) + now.get(n, 0.0) for n in sorted({*before, *now})},
+            "widened_steps": driver.costs.widened_steps,  # the driver counts through all sessions
+            "wall_s": self.wall_s,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }

@@ -25,6 +25,7 @@ from frostline.backends.torch.checkpoint import (
 from frostline.cost import plan_line
 from frostline.driver import Certificate, Hold
 from frostline.errors import StorageError
+from frostline.policies.phases import ends_its_phase
 from frostline.policy import Decision
 from frostline.records import RunRecorder, read_run
 from frostline.tasks.config import RunConfig, dump_config
@@ -229,7 +230,7 @@ class Session:
             if checkpoint_step(old) < min(self._best_steps, default=0):
                 _io.discard(old)
 
-    def _costs(self) -> dict[str, float]:
+    def _costs(self) -> dict[str, Any]:
         return self.meter.read(self.prepared.parts.driver, measure_s=self.prepared.measure_s)
 
     # -- after training ----------------------------------------------------------------------
@@ -239,8 +240,11 @@ class Session:
 
         The checkpoint comes first: from here on no session trains this run again.
         """
-        certificate = self.prepared.parts.driver.finish()
+        driver = self.prepared.parts.driver
+        certificate = driver.finish()
         if not self._trained:
+            if ends_its_phase(driver.policy, self.prepared.groups, driver.plan):
+                _log.warning("the run ended before its policy did, in %s", driver.plan.reason)
             self._trained, self._saved = True, (-1, -1)
             self._checkpoint()
         self.recorder.certificate(certificate, sha256=self._write_certificate(certificate))
@@ -296,6 +300,7 @@ class Session:
             "best_epoch": best.get("epoch"),
             "steps": state.step,
             "stopped_early": state.stopped_early,
+            "policy_done": state.policy_done,
             "decisions": len(self.prepared.parts.driver.decisions),
             "certificate_ok": _complete(certificate, self.prepared, state.step),
         }
