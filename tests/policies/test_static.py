@@ -174,6 +174,16 @@ def test_bitfit_counts_shifts_of_norms_as_biases_but_no_scales() -> None:
         BitFit().init(sized(1, 1))
 
 
+def test_biases_of_the_head_alone_are_no_bitfit() -> None:
+    """Nor are its norms or its tables what the other selections are about."""
+    kinds = {"bias": BitFit(), "norm": AllButNorm(), "embedding": FreezeEmbeddings()}
+    for kind, policy in kinds.items():
+        head = LayerGroup("head", 1, (TensorInfo("head.w"), TensorInfo("head.x", kind=kind)))
+        groups = LayerGroups((LayerGroup("body", 0, (TensorInfo("w"),)), head))
+        with pytest.raises(PolicyError, match="backbone without"):
+            policy.init(groups)
+
+
 def test_bitfit_end_to_end_moves_biases_and_the_head_only() -> None:
     case = NumpyCase()
     before = {n: a.copy() for n, a in (case.net.parameters | case.net.buffers).items()}
