@@ -72,6 +72,26 @@ SPECS = {
     "fine-tune": ["fine-tune", "fine-tune:head=30%,spread=1"],
     "phases": [f"phases:file={Path(__file__).with_name('phases.yaml')}"],
     "plateau": ["plateau", "plateau:direction=freeze,groups_per_step=2,cooldown=1"],
+    "elastic": ["elastic:every=5st", "elastic:rho=0.3,every=1st", "elastic:rho=1,every=1ep"],
+    "al-sar": [
+        "al-sar:every=3st",
+        "al-sar:every=1st,by_batch=true",
+        "al-sar:every=1ep,unfreeze_rate=0,by_batch=true,seed=2",
+    ],
+    "auto-rgn": [
+        "auto-rgn",
+        "auto-rgn:mode=selection,threshold=0.8,steps=2,every=3st",
+        "auto-rgn:mode=selection,per=parameter",
+    ],
+    "auto-snr": ["auto-snr", "auto-snr:threshold=0.9,per=parameter,steps=2"],
+    "fim": ["fim", "fim:groups=2,steps=3,every=1ep,normalise=true"],
+    "lisa": [
+        "lisa:every=4st",
+        "lisa:every=4st,layers=9,importance=weight_norm,states=release",
+        "lisa:every=10%,layers=1,keep_embeddings=false,seed=1",
+    ],
+    "badam": ["badam:every=5st", "badam:every=4st,order=random,embeddings=true,seed=3"],
+    "hift": ["hift", "hift:order=random,groups=2", "hift:every=3st,order=descending"],
 }
 ALL = [spec for name in available_policies() for spec in SPECS.get(name, [name])]
 EVERY = Duration.parse
