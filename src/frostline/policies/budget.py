@@ -265,15 +265,18 @@ def most_important(
         >>> sorted(most_important([5, 1, 3], [1, 1, 1], [2, 1, 0], 4))
         [0, 2]
     """
+    useful = [i for i, gain in enumerate(gains) if gain > 0]
     unit = budget_s / units
-    if unit <= 0:
+    if unit <= 0 or not useful:
         return frozenset()
+    if sum(update_s[i] for i in useful) + through_s[useful[0]] <= budget_s * (1 + _ROUNDING):
+        return frozenset(useful)  # rounding up might leave one out
     # By time used, in units: the largest gain, and the set that has it, one bit per group.
     gain, held = [0.0] * (units + 1), [0] * (units + 1)
     best, chosen = 0.0, 0
-    for i in reversed(range(len(gains))):
+    for i in reversed(useful):
         room = math.floor((budget_s - through_s[i] - update_s[i]) / unit + _ROUNDING)
-        if gains[i] <= 0 or room < 0:
+        if room < 0:
             continue  # nor does it fit beside a shallower one, which only adds to the cost
         if gains[i] + gain[room] > best:
             best, chosen = gains[i] + gain[room], held[room] | 1 << i
@@ -282,7 +285,7 @@ def most_important(
             if gain[t - size] + gains[i] > gain[t]:
                 gain[t] = gain[t - size] + gains[i]
                 held[t] = held[t - size] | 1 << i
-    return frozenset(i for i in range(len(gains)) if chosen >> i & 1)
+    return frozenset(i for i in useful if chosen >> i & 1)
 
 
 def prefix_seconds(groups: LayerGroups) -> list[float]:
