@@ -14,6 +14,7 @@ from frostline.clock import Duration, Progress
 from frostline.compose import Live, Then, Union
 from frostline.driver import Driver
 from frostline.errors import DurationError, PolicyError, StorageError
+from frostline.groups import LayerGroup, LayerGroups, TensorInfo
 from frostline.phase_file import MAX_BYTES, Phase, PhaseList
 from frostline.plan import FreezePlan
 from frostline.policies.phases import ChainThaw, FineTune, LpFt, Phases, ends_its_phase
@@ -108,12 +109,13 @@ def test_rates_of_groups_that_trained_before_stay_when_others_join() -> None:
 
 
 def test_parts_of_a_group_may_train_and_others_join_later() -> None:
-    run = Run(phases(Phase("kind:bias", length=D("1ep")), Phase("block1", add=True)))
+    run = Run(phases(Phase("kind:bias", length=D("1ep"), lr=0.5), Phase("block1", add=True, lr=2)))
     assert run.plan.exempt["block1"] == {"block1.bias"}
     run.epoch(1.0)
     assert run.trains == set(GROUPS.names)
     assert "block1" not in run.plan.frozen
     assert run.plan.exempt["block0"] == {"block0.bias"}
+    assert set(run.plan.lr_scale.values()) == {0.5}  # that of the phase in which a group joined
 
 
 def test_improvement_must_exceed_min_delta() -> None:
@@ -128,7 +130,7 @@ def test_improvement_must_exceed_min_delta() -> None:
 def test_nothing_but_nan_ends_a_phase_too() -> None:
     """A metric that is no number must neither count as improvement nor hold a phase for ever."""
     run = Run(phases(Phase("head", patience=2), Phase("all")))
-    run.epoch(math.nan)
+    assert run.epoch(math.nan).phase == 0
     run.epoch(math.inf)
     assert run.plan.phase == 1
     assert "any number" in run.plan.reason
@@ -144,6 +146,19 @@ def test_a_phase_that_begins_after_its_until_lasts_one_epoch() -> None:
     run = Run(phases(Phase("head", length=D("3ep")), Phase("block2", until=D("1ep")), Phase("all")))
     seen = [run.epoch(1.0).phase for _ in range(5)]
     assert seen == [0, 0, 1, 2, 2]
+    late = Run(
+        phases(Phase("head", length=D("1ep")), Phase("block2", until=D("1st")), Phase("all"))
+    )
+    late.epoch(1.0)
+    late.step += 1
+    assert late.ask(EventKind.STEP).phase == 1  # in the middle of its epoch
+
+
+def test_the_first_end_that_comes_ends_a_phase() -> None:
+    for first in (Phase("head", length=D("2ep"), until=D("50%")),
+                  Phase("head", length=D("90%"), until=D("4st"))):  # fmt: skip
+        run = Run(phases(first, Phase("all")))
+        assert [run.epoch(1.0).phase for _ in range(3)] == [0, 1, 1]
 
 
 def test_boundaries_are_exact_when_the_policy_is_asked_late() -> None:
@@ -324,6 +339,18 @@ def test_training_goes_on_from_the_best_weights_with_a_fresh_optimizer() -> None
     assert ("head.weight", 16, 24) in spans
 
 
+def test_no_momentum_of_an_earlier_phase_is_left_when_its_end_saw_no_evaluation() -> None:
+    """State that survives unseen while a layer is frozen pushes it when it trains again."""
+    case = NumpyCase()
+    driver = driven(case, ChainThaw(length=D("3st")))
+    for _ in range(4):
+        with driver.step():
+            case.backward()
+            case.update()
+    assert driver.plan.released == driver.plan.frozen
+    assert {n.partition(".")[0] for n in case.optimizer.velocity} == {"layer0"}
+
+
 def test_everything_trains_in_the_last_phase() -> None:
     """Layers frozen when the optimizer was made are left out of it by others, and never train."""
     case = NumpyCase()
@@ -485,9 +512,12 @@ def test_a_schedule_for_finetuning_scheduler_is_taken_over(tmp_path: Path) -> No
 
 def test_a_name_means_that_parameter_and_no_longer_one(tmp_path: Path) -> None:
     """As an expression, "block0.norm.weight" would match the beginning of longer names, too."""
-    text = "0:\n  params: [block0.bias]\n1:\n  params: [block1.b]\n"
-    run = Run(written(tmp_path, text))
-    assert run.plan.exempt == {"block0": {"block0.bias"}}
+    tensors = (TensorInfo("a.weight", (2,)), TensorInfo("a.weight_g", (2,)))
+    groups = LayerGroups((LayerGroup("a", 0, tensors), LayerGroup("b", 1, (TensorInfo("b.w"),))))
+    named = written(tmp_path, "0:\n  params: [a.weight]\n").phases(None)[0]
+    assert named.parameters(groups) == {"a.weight"}
+    expression = written(tmp_path, "0:\n  params: [a.weigh]\n").phases(None)[0]
+    assert expression.parameters(groups) == {"a.weight", "a.weight_g"}
 
 
 def test_phases_are_taken_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -93,16 +93,17 @@ def test_bad_options_are_refused(options: str) -> None:
 
 
 def test_early_stopping_waits_for_groups_to_unfreeze_and_not_for_groups_to_freeze() -> None:
-    for policy, waits in ((Plateau(), True), (Plateau(direction="freeze", patience=9), False)):
+    for policy, waits in ((Plateau(), True), (Plateau(direction="freeze"), False)):
         state: Any = policy.init(GROUPS)
         plan, state = policy.decide(GROUPS, state, Event(EventKind.START, Progress()))
         assert ends_its_phase(policy, GROUPS, plan) == waits
         phases = [plan.phase]
-        for step in range(BLOCKS + 1):
+        for step in range(BLOCKS + 3):
             event = Event(EventKind.EVALUATED, Progress(step), metrics={"val_loss": 1.0})
             plan, state = policy.decide(GROUPS, state, event)
             phases.append(plan.phase)
-        assert phases == ([0, 0, 1, 2, 3, 4] if waits else [0] * 6)
+            assert ends_its_phase(policy, GROUPS, plan) == (waits and bool(plan.frozen))
+        assert phases == ([0, 0, 1, 2, 3, 4, 4, 4] if waits else [0] * 8)
         assert not ends_its_phase(policy, GROUPS, plan)
 
 

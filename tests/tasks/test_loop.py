@@ -280,6 +280,25 @@ def test_a_policy_that_is_done_with_the_last_epoch_did_not_end_the_run():
     assert not setting.loop.state.policy_done
 
 
+def test_done_and_out_of_patience_at_once_is_not_early_stopping(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(globals(), "build_policy", lambda config: DoneAt(6))
+    setting = Setting(epochs=9, patience=1)
+    stub_metrics(setting, [0.5, 0.1])
+    setting.loop.run()
+    assert setting.loop.state.policy_done
+    assert not setting.loop.state.stopped_early
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DoneAt(Policy):
+    """Has nothing more to do from a step on."""
+
+    step: int
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        return FreezePlan(done=event.progress.step >= self.step), state
+
+
 def test_a_checkpoint_of_before_phases_is_read():
     data = LoopState(step=3).to_json()
     del data["phase"], data["policy_done"]

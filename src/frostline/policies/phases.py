@@ -65,8 +65,7 @@ class _Phased(Policy):
 
     def init(self, groups: LayerGroups) -> State:
         """No phase yet; raises if some phase does not fit the groups."""
-        for plan in _plans(self.phases(groups), groups):
-            plan.check(groups)
+        _plans(self.phases(groups), groups)
         return {"phase": -1}
 
     def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
