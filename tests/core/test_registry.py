@@ -412,7 +412,7 @@ def _literal(hint: Any) -> Any:
     return next((c for c in choices if typing.get_origin(c) is Literal), None)
 
 
-#: What has to be given besides the option that is set.
+#: What may have to be given besides the option that is set.
 _COMPANIONS = {
     "policy": "(full)", "first": "(full)", "after": "1ep", "second": "(full)",
     "policies": "(full)", "select": "head", "fraction": "0.5", "train": "head",
@@ -423,7 +423,9 @@ _COMPANIONS = {
 def _tried(name: str, option: str, value: str) -> Policy | None:
     known = {f.name for f in options_of(policy_class(name))}
     companions = {k: v for k, v in _COMPANIONS.items() if k in known and k != option}
-    for options in ({option: value}, companions | {option: value}):
+    modes = {"mode": "selection"} if "mode" in known else {}
+    for others in ({}, companions, companions | modes):
+        options = others | {option: value}
         try:
             return make_policy(f"{name}:" + ",".join(f"{k}={v}" for k, v in options.items()))
         except FrostlineError:

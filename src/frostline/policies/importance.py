@@ -26,7 +26,7 @@ Unit = Literal["group", "parameter"]
 
 @dataclass(frozen=True, slots=True)
 class AutoRGN(Policy):
-    """Scale each group's learning rate by its relative gradient norm, or freeze by it (Auto-RGN).
+    """Scale each group's rate by its relative gradient norm, or freeze by it (Auto-RGN).
 
     RGN = |g| / |w| of a group, L2 norms, averaged over the first batches of each epoch. "rates"
     multiplies the group's learning rate by RGN / max RGN over all groups, head included, until
