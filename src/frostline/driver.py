@@ -326,7 +326,7 @@ class Driver:
         self.decisions = [Decision.from_json(d) for d in state["decisions"]]
         self._stage = state["stage"]
         self._state = state["policy_state"]
-        self._gauges.restore(state["gauges"])
+        self._gauges.restore(state["gauges"], self.backend.groups)
         self._best = state["best"]
         self.costs.widened_steps = state["widened_steps"]
         if state["batch"] is not None:

@@ -190,9 +190,14 @@ class Gauges:
             "memory": [copy.deepcopy(g.memory) for g in self._gauges],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state()`."""
-        self.values, self.sampled = dict(state["values"]), dict(state["sampled"])
+    def restore(self, state: Mapping[str, Any], groups: LayerGroups) -> None:
+        """Go on from `state()`, whose keys a file may have put in another order."""
+        order = [*groups.names, *(p.name for g in groups for p in g.parameters)]
+        self.values = {
+            signal: {name: values[name] for name in order if name in values}
+            for signal, values in state["values"].items()
+        }
+        self.sampled = dict(state["sampled"])
         for gauge, memory in zip(self._gauges, state["memory"], strict=True):
             gauge.memory = copy.deepcopy(memory)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -266,7 +267,7 @@ def test_interrupted_in_any_step_reads_the_same(stop: int) -> None:
         whole.sample(step, Numbers(step), GROUPS)
         (first if step < stop else second).sample(step, Numbers(step), GROUPS)
         if step == stop - 1:
-            second.restore(copy.deepcopy(first.state()))
+            second.restore(copy.deepcopy(first.state()), GROUPS)
     assert (second.values, second.sampled) == (whole.values, whole.sampled)
     assert repr(second.state()) == repr(whole.state())
 
@@ -277,7 +278,20 @@ def test_a_state_is_a_copy() -> None:
     state = gauges.state()
     text = repr(state)
     other = gauges_for(Need("summed_gradient_l1", EVERY("9st"), None))
-    other.restore(state)
+    other.restore(state, GROUPS)
     for each in (gauges, other):
         each.sample(1, Numbers(2), GROUPS)
     assert repr(state) == text
+
+
+def test_values_keep_the_order_of_the_groups_whatever_a_file_did_to_it() -> None:
+    """Policies break ties by order; a resumed run must break them alike."""
+    groups = LayerGroups(
+        tuple(LayerGroup(n, i, (TensorInfo(f"{n}.w"),)) for i, n in enumerate(("stem", "body")))
+    )
+    for per in ("group", "parameter"):
+        gauges = gauges_for(Need("gradient_l1", EVERY("1st"), per=per))
+        gauges.sample(0, Numbers(1), groups)
+        again = gauges_for(Need("gradient_l1", EVERY("1st"), per=per))
+        again.restore(json.loads(json.dumps(gauges.state(), sort_keys=True)), groups)
+        assert list(again.values["gradient_l1"]) == list(gauges.values["gradient_l1"])
