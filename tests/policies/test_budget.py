@@ -278,6 +278,9 @@ def test_elastic_chooses_as_often_as_the_paper() -> None:
         at = driver._gauges.sampled.get("update_importance")
         if at is not None and at not in seen:
             seen.append(at)
+            assert set(driver._gauges.values["update_importance"]) == set(
+                driver.backend.groups.names
+            )
     assert seen == [2, 43, 84]
     assert driver.costs.widened_steps in (2, 4)  # two a reading, if anything was frozen
     full = predicted_step_s(driver.backend.groups, FreezePlan())
@@ -397,8 +400,10 @@ def by_batches(norms: Sequence[float], **options: Any) -> list[int]:
 def test_al_sar_freezes_less_on_a_batch_that_teaches_more() -> None:
     """Gains z (1, .9, .6, 0) + (0, 2, 4, 6)/11 * 1.1; z = 1: 1, 1.1, 1, .6.
 
-    z = 4: 4, 3.8, 2.8, .6. z = 1/4: .25, .425, .55, .6. z squares the norm's ratio.
+    z = 4: 4, 3.8, 2.8, .6. z = 1/4: .25, .425, .55, .6. z squares the norm's ratio. z = .64:
+    .64, .776, .784, .6, where without the factor of 1.1 group 2 would train, too.
     """
+    assert by_batches([2, 1.6]) == [1, 2]
     assert by_batches([2, 4]) == [1, 0]
     assert by_batches([2, 1]) == [1, 3]
     # the average moves by a tenth: after 4, 16 it is 5.2, and 5.2 weighs 1
@@ -450,6 +455,11 @@ def test_al_sar_trains_and_proves_its_freezing(policy: ALSAR) -> None:
 
 
 # -- both -------------------------------------------------------------------------------------
+
+
+def test_published_defaults() -> None:
+    assert Elastic().rho == 0.533
+    assert ALSAR().unfreeze_rate == 0.25
 
 
 @pytest.mark.parametrize("policy", [Elastic(), ALSAR()])
