@@ -142,6 +142,8 @@ class Then(Policy):
         first: policy before the boundary.
         after: length of the first phase.
         second: policy from the boundary on; sees progress counted from there.
+
+    Phases of the second policy count on from those of the first.
     """
 
     first: Policy
@@ -166,7 +168,7 @@ class Then(Policy):
     def init(self, groups: LayerGroups) -> State:
         """The first policy's state; the second's is made at the boundary, but checked now."""
         self.second.init(groups)
-        return {"since": None, "inner": self.first.init(groups)}
+        return {"since": None, "phase": 0, "inner": self.first.init(groups)}
 
     def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
         """The plan of the phase in force."""
@@ -175,14 +177,18 @@ class Then(Policy):
             # The boundary itself, not the step of the first event past it, so that the clock
             # does not depend on when the policy happens to be asked.
             since = self.after.steps(event.progress)
-            state = {"since": since, "inner": self.second.init(groups)}
+            state = {"since": since, "phase": state["phase"], "inner": self.second.init(groups)}
             event = replace(event, kind=EventKind.START)
         if since is None:
             plan, inner = self.first.decide(groups, state["inner"], event)
+            # The end of the first policy is not the end of the run.
+            plan, phase = replace(plan, done=False) if plan.done else plan, plan.phase + 1
         else:
             rebased = replace(event, progress=event.progress.since(since))
             plan, inner = self.second.decide(groups, state["inner"], rebased)
-        return plan, {"since": since, "inner": inner}
+            phase = state["phase"]
+            plan = replace(plan, phase=plan.phase + phase)
+        return plan, {"since": since, "phase": phase, "inner": inner}
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +261,7 @@ class Bootstrap(_Wrapper):
         """The empty plan until the stretch is over."""
         if event.progress.reached(self.duration):
             return plan
-        return FreezePlan(reason=f"nothing frozen before {self.duration}")
+        return _with_phase_of(plan, FreezePlan(), f"nothing frozen before {self.duration}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,7 +459,10 @@ class CostVeto(_Around):
         """The inner plan, unless it freezes more and does not pay; then the plan in force."""
         wanted, inner = self.policy.decide(groups, state["inner"], event)
         now = kept_plan(state["plan"]) if state["plan"] else FreezePlan()
-        plan = wanted if self._pays(groups, now, wanted, event) else now
+        if self._pays(groups, now, wanted, event):
+            plan = wanted
+        else:
+            plan = _with_phase_of(wanted, now, now.reason)
         return plan, {"plan": kept_text(plan), "inner": inner}
 
     def _pays(self, groups: LayerGroups, now: FreezePlan, wanted: FreezePlan, event: Event) -> bool:
@@ -495,7 +504,8 @@ class Guard(_Around):
         if event.kind is EventKind.EVALUATED:
             best, bad = self._judge(best, bad, self._value(event.metrics))
         if bad >= self.patience:
-            plan = FreezePlan(reason=f"guard: {self.metric} worse than its best {best:.4g}")
+            than = "no number" if best is None else f"worse than its best {best:.4g}"
+            plan = _with_phase_of(plan, FreezePlan(), f"guard: {self.metric} {than}")
         return plan, {"best": best, "bad": bad, "inner": inner}
 
     def _value(self, metrics: Mapping[str, float]) -> float:
@@ -540,6 +550,13 @@ class Placebo(_Around):
         order = list(values.values())
         random.Random(hashlib.sha256(key).digest()).shuffle(order)  # noqa: S311 - no secret
         return dict(zip(values, order, strict=True))
+
+
+def _with_phase_of(plan: FreezePlan, instead: FreezePlan, reason: str) -> FreezePlan:
+    """Another plan in the same phase: what a combinator freezes instead ends no phase."""
+    return replace(
+        instead, phase=plan.phase, keep_best=plan.keep_best, done=plan.done, reason=reason
+    )
 
 
 def _notices(policies: Iterable[Policy]) -> str:

@@ -117,7 +117,12 @@ class FreezePlan:
         """Freeze everything but the parameters a selector matches."""
         wanted = select(selector).parameters(groups)
         return cls(
-            frozen=frozenset(g.name for g in groups if not g.parameter_names <= wanted),
+            frozen=frozenset(
+                # A group without parameters has nothing to train: it must not end the prefix.
+                g.name
+                for g in groups
+                if not (g.parameters and g.parameter_names <= wanted)
+            ),
             exempt={g.name: g.parameter_names & wanted for g in groups},
             reason=reason,
         )

@@ -333,3 +333,52 @@ def test_placebo_keeps_one_permutation_per_sample() -> None:
     values = {name: float(i) for i, name in enumerate(GROUPS.names)}
     events = [at(step, signals={"gradient_norm": values}) for step in range(5)]
     assert len({p.frozen for p in run(Placebo(Loudest(), 3), events)}) == 1
+
+
+@dataclass(frozen=True, slots=True)
+class TwoPhases(Policy):
+    """Test policy: linear probing, then everything, from the best weights of the first phase."""
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        if event.progress.step < 3:
+            return FreezePlan(groups.backbone, keep_best="min val_loss"), state
+        return FreezePlan(phase=1, done=True), state
+
+
+def plans_of(policy: Policy, groups: LayerGroups, steps: int) -> list[FreezePlan]:
+    state, plans = policy.init(groups), []
+    for step in range(steps):
+        kind = EventKind.STEP if step else EventKind.START
+        plan, state = policy.decide(groups, state, Event(kind, Progress(step, steps, 2)))
+        plans.append(plan)
+    return plans
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Bootstrap(TwoPhases(), Duration.parse("2st")),
+        CostVeto(TwoPhases(), switch_cost_s=1e9),
+    ],
+)
+def test_what_is_frozen_instead_stays_in_its_phase(policy: Policy) -> None:
+    """Else a combinator that steps in would send the weights back to the best of the phase."""
+    plans = plans_of(policy, example_groups(), 5)
+    assert [p.phase for p in plans] == [0, 0, 0, 1, 1]
+    assert [p.keep_best for p in plans] == ["min val_loss"] * 3 + [""] * 2
+    assert not plans[0].frozen
+
+
+def test_a_tripped_guard_ends_no_phase_even_without_a_best() -> None:
+    groups, policy = example_groups(), Guard(TwoPhases(), metric="val_loss")
+    state = policy.init(groups)
+    event = Event(EventKind.EVALUATED, Progress(1, 5, 2), metrics={"val_loss": float("nan")})
+    plan, _ = policy.decide(groups, state, event)
+    assert (plan.frozen, plan.phase, plan.keep_best) == (frozenset(), 0, "min val_loss")
+    assert "no number" in plan.reason
+
+
+def test_phases_count_on_behind_a_boundary_and_the_run_does_not_end_there() -> None:
+    plans = plans_of(Then(TwoPhases(), Duration.parse("5st"), TwoPhases()), example_groups(), 10)
+    assert [p.phase for p in plans] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert [p.done for p in plans] == [False] * 8 + [True] * 2
