@@ -106,7 +106,7 @@ def machine(chosen: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "processor": _processor(),
+        "processor": processor(),
         "load_1min": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
     }
@@ -129,7 +129,8 @@ def write(name: str, log: dict[str, Any], table: str) -> None:
     print(table)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name that the processor gives itself."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
