@@ -176,6 +176,7 @@ def test_a_third_party_policy_is_found_by_its_entry_point() -> None:
         Foreign(name=""),
         Foreign(name=" spaced, and 'quoted' ("),
         Foreign(name="[", how="y"),
+        Foreign(name="a[b", inner=Freeze("re:x[1]")),
         Foreign(by=0.1, several=(Full(), Gradual()), inner=Live(Full())),
     ],
 )
@@ -296,6 +297,10 @@ def test_depth_is_bounded_at_the_number_named() -> None:
     assert policy_text(make_policy(nested(MAX_DEPTH))) == nested(MAX_DEPTH)
     with pytest.raises(PolicyError, match=f"nested more than {MAX_DEPTH} deep"):
         make_policy(nested(MAX_DEPTH + 1))
+    with pytest.raises(PolicyError, match=f"nested more than {MAX_DEPTH} deep"):
+        make_policy("live:policy=" * (MAX_DEPTH + 1) + "full")
+    many = "union:policies=" + "(full)" * (2 * MAX_DEPTH)
+    assert policy_text(make_policy(many)) == many
 
 
 def test_text_is_the_inverse() -> None:

@@ -85,9 +85,7 @@ def card(name: str) -> Card:
 
 
 def _options(kind: type[Policy]) -> list[Option]:
-    meanings: dict[str, str] = {}
-    for base in reversed(kind.__mro__):  # a class documents what it adds, or says it anew
-        meanings |= _entries(_sections(inspect.cleandoc(base.__doc__ or "")).get("Attributes", ""))
+    meanings = _entries(_sections(inspect.getdoc(kind) or "").get("Attributes", ""))
     hints = hints_of(kind)
     return [
         Option(f.name, readable_type(hints[f.name]), _default(f), meanings.get(f.name, ""))
