@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -298,3 +299,76 @@ def test_a_backend_that_loses_digests_is_caught() -> None:
     driver.start()
     with pytest.raises(BackendError, match="no digest"):
         driver.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class Wide(Quiet):
+    """Reads the gradients of what it freezes, too."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("gradient_norm", EVERY_TWO, frozen_too=True),)
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        return FreezePlan(frozen=frozenset({"layer0"})), state
+
+
+def test_frozen_groups_are_read_in_widened_steps_and_stay() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Wide())
+    train(case, driver, 5)
+    assert driver.state()["gauges"]["values"]["gradient_norm"]["layer0"] > 0
+    assert driver.costs.widened_steps == 2
+    assert "layer0.weight" not in case.optimizer.velocity
+    assert {h.from_step for h in driver.finish().holds} == {0}
+
+
+def test_an_exception_in_a_widened_step_leaves_nothing_widened() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Wide())
+    train(case, driver, 1)
+
+    def fail() -> None:
+        with driver.step():
+            case.backward()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not case.net.trainable["layer0.weight"]
+    assert not case.has_gradient("layer0.weight")
+    assert not driver.sampling
+    case.net.gradients = dict.fromkeys(case.net.gradients)
+    train(case, driver, 4)
+    driver.finish()
+
+
+def test_outside_a_step_nothing_is_sampled() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Wide())
+    for _ in range(4):
+        assert not driver.sampling
+        case.backward()
+        driver.sample()
+        case.optimizer.step()
+        train(case, driver, driver.progress.step + 1)
+    assert driver.costs.widened_steps == 2
+
+
+def test_an_overflowing_step_is_not_gathered() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Quiet())
+    for step in range(4):
+        with driver.step():
+            case.backward()
+            if step == 2:
+                case.net.gradients["head.weight"] = np.full((8, 2), np.inf)
+            driver.sample(overflow=step == 2)
+            case.net.gradients = dict.fromkeys(case.net.gradients)
+    assert driver.state()["gauges"]["values"] == {}
+
+
+def test_costs_name_each_signal() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Quiet())
+    train(case, driver, 3)
+    assert 0 < driver.costs.signal_s["gradient_norm"] <= driver.costs.signals_s

@@ -212,10 +212,11 @@ def _sampler(driver: Driver) -> Sample:
     """Samples what the driver has due; keeps it no longer alive than others do."""
     known = weakref.ref(driver)
 
-    def sample(loss: float | None, *, overflow: bool) -> None:
+    def sample(loss: Any, *, overflow: bool) -> None:
         driver = known()
         if driver is not None and driver.sampling:
-            driver.sample(loss, overflow=overflow)
+            value = loss.detach() if isinstance(loss, Tensor) else loss
+            driver.sample(None if value is None else float(value), overflow=overflow)
 
     return sample
 

@@ -36,8 +36,13 @@ Homes = list[tuple[dict[str, Any], frozenset[str]]]
 class Sample(Protocol):
     """What a guard calls between gradients and update."""
 
-    def __call__(self, loss: float | None, *, overflow: bool) -> None:
-        """Sample signals; `overflow`: the gradients are not finite and there will be no update."""
+    def __call__(self, loss: Any, *, overflow: bool) -> None:
+        """Sample signals.
+
+        Args:
+            loss: what a closure returned, None where there is none.
+            overflow: the gradients are not finite and there will be no update.
+        """
         ...
 
 
@@ -206,12 +211,14 @@ class StepGuard:
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._settle()
-        closure = args[0] if args else kwargs.get("closure")
-        if callable(closure) and (self.widened or self.sample is not None):
+        _, *rest = args  # the first is the optimizer
+        closure = kwargs.get("closure", rest[0] if rest else None)
+        if closure is not None:
             self._scale()
-            return (self._sampling(closure), *args[1:]), {
-                k: v for k, v in kwargs.items() if k != "closure"
-            }
+            sampling = self._sampling(closure)
+            if "closure" in kwargs:
+                return args, {**kwargs, "closure": sampling}
+            return (optimizer, sampling, *rest[1:]), kwargs
         if self.sample is not None:
             self.sample(None, overflow=_found_inf(optimizer))
         self._drop()
@@ -224,7 +231,7 @@ class StepGuard:
         def sampled() -> Any:
             loss = closure()
             if self.sample is not None:
-                self.sample(None if loss is None else float(loss), overflow=False)
+                self.sample(loss, overflow=False)
             self._drop()
             return loss
 
