@@ -493,6 +493,14 @@ class Guard(_Around):
     tolerance: float = 0.0
     patience: int = 1
 
+    def __post_init__(self) -> None:
+        if self.patience < 1 or not 0 <= self.tolerance < math.inf:
+            raise PolicyError(
+                f"guard with patience={self.patience} and tolerance={self.tolerance}",
+                found="patience below 1, or a tolerance that is negative or infinite",
+                fix="for example patience=1,tolerance=0",
+            )
+
     def init(self, groups: LayerGroups) -> State:
         """No best value yet."""
         return {"best": None, "bad": 0, "inner": self.policy.init(groups)}
@@ -519,7 +527,7 @@ class Guard(_Around):
 
     def _judge(self, best: float | None, bad: int, value: float) -> tuple[float | None, int]:
         sign = 1.0 if self.mode == "min" else -1.0
-        if math.isnan(value):  # NaN is never an improvement and never a best
+        if not math.isfinite(value):  # never a best: it would not survive JSON
             return best, bad + 1
         if best is None or sign * value <= sign * best:
             return value, 0

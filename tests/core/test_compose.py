@@ -315,6 +315,13 @@ def test_guard_counts_nan_as_worse_one_by_one() -> None:
     assert [len(p.frozen) for p in plans] == [4, 4, 0]
 
 
+def test_guard_takes_no_infinity_for_a_best() -> None:
+    policy = Guard(Full(), metric="loss", mode="max")
+    event = at(0, metrics={"loss": float("inf")})
+    _, state = policy.decide(GROUPS, policy.init(GROUPS), event)
+    assert state["best"] is None
+
+
 def test_guard_names_a_missing_metric() -> None:
     with pytest.raises(PolicyError, match="accuracy"):
         run(Guard(Full(), metric="f1"), [at(0, metrics={"accuracy": 1.0})])

@@ -232,6 +232,8 @@ def test_one_name_with_two_meanings_is_refused(monkeypatch: pytest.MonkeyPatch) 
         ("gradual:groups_per_step=" + "9" * 5000, "which is no int"),
         ("max-frozen:policy=(full),fraction=nan", "which is no float"),
         ("guard:policy=(full),mode=most", "which is no min | max"),
+        ("guard:policy=(full),patience=0", "patience below 1"),
+        ("guard:policy=(full),tolerance=-0.1", "negative"),
         ("freeze", "no 'select', which has no default"),
         ("freeze:select='a", "unclosed quote"),
         ("freeze:select='a'b", "'b' where ',' belongs"),
