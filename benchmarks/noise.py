@@ -190,7 +190,8 @@ def groups_frozen(plan: FreezePlan, groups: LayerGroups) -> float:
 
 def at_quarters(runs: list[list[FreezePlan]], groups: LayerGroups) -> list[list[float]]:
     """Groups frozen after 25, 50, 75 and 100 % of each run."""
-    return [[groups_frozen(run[round(q * TOTAL)], groups) for run in runs] for q in QUARTERS]
+    moments = [round(q * TOTAL) for q in QUARTERS]
+    return [[round(groups_frozen(run[m], groups), 4) for run in runs] for m in moments]
 
 
 def first_freeze(run: list[FreezePlan]) -> float | None:
@@ -291,7 +292,8 @@ def main() -> None:
         for spec in sorted(specs()):
             log["results"].append(study(spec, options.seeds))
             print(spec, [_spread(v) for v in log["results"][-1]["frozen"]], flush=True)
-        path.write_text(json.dumps(log, indent=1) + "\n", "utf-8")
+        lines = ",\n".join(json.dumps(result) for result in log["results"])
+        path.write_text(f'{{"seeds": {options.seeds}, "results": [\n{lines}\n]}}\n', "utf-8")
     log = json.loads(path.read_text("utf-8"))
     PAGE.write_text(filled(PAGE.read_text("utf-8"), PAGE.name, "noise", table(log)), "utf-8")
 
