@@ -139,6 +139,7 @@ def test_sums_do_not_write_to_gradients() -> None:
 
     for name in ("summed_gradient_norm", "gradient_snr", "gradient_change_l1", "fisher_ema"):
         gathered(name, Live(), Live(), Live())
+        gathered(name, Given(g=[None]), Live(), Live())
         assert (first == 1).all()
 
 

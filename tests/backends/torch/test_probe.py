@@ -444,6 +444,16 @@ def test_wrapped_models_keep_the_batch_they_are_given(wrap: Any) -> None:
     torch.testing.assert_close(found, model.eval()(x).detach())
 
 
+def test_a_model_that_was_compiled_and_run_before_keeps_its_batch() -> None:
+    model, (x, _) = Net(), batch(0)
+    compiled = torch.compile(model, backend="eager")
+    compiled(batch(1)[0])
+    backend = TorchBackend(compiled, groups=groups_of(model))
+    backend.keep_batch()
+    compiled(x)
+    assert torch.equal(backend.kept()["args"][0], x)
+
+
 def test_a_compiled_model_around_the_given_one_is_seen_through() -> None:
     model, (x, _) = Net(), batch(0)
     compiled = torch.compile(model, backend="eager")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -51,11 +50,8 @@ class ProbeBatch:
     def keep_next(self) -> None:
         """Keep the inputs of the next forward pass in training, unless a batch is kept."""
         if self._inputs is None and self._hook is None:
-            # On the outermost module: code compiled from the inner one would not see the hook.
-            hook: Any = self._take
-            if "torch._dynamo" in sys.modules:
-                hook = torch.compiler.disable(hook)
-            self._hook = self._outer.register_forward_pre_hook(hook, with_kwargs=True)
+            # On the outermost module: a hook on the inner one would be compiled, twice.
+            self._hook = self._outer.register_forward_pre_hook(self._take, with_kwargs=True)
 
     def to_tree(self) -> dict[str, Any] | None:
         """The batch as plain values and tensors, for a checkpoint."""
