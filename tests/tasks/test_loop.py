@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -83,8 +84,11 @@ class Setting:
         self.better: list[bool] = []
         self.saved: list[int] = []
         self.interrupt = Interrupt()
-        listener = Listener(self.losses.append, self._evaluated, self._checkpoint)
+        listener = Listener(self.losses.append, self._best, self._evaluated, self._checkpoint)
         self.loop = TrainingLoop(self.task, parts, batching, listener, self.interrupt)
+
+    def _best(self) -> None:
+        self.best = {n: w.clone() for n, w in self.loop.parts.model.state_dict().items()}
 
     def _evaluated(self, metrics: dict[str, float], better: bool) -> None:
         self.epochs.append(metrics)
@@ -346,10 +350,44 @@ def test_an_epochs_checkpoint_comes_after_its_evaluation():
     setting = Setting(checkpoint_every="3st")
     order: list[str] = []
     setting.loop.listener = Listener(
-        lambda loss: None, lambda m, b: order.append("evaluated"), lambda: order.append("saved")
+        lambda loss: None,
+        lambda: None,
+        lambda m, b: order.append("evaluated"),
+        lambda: order.append("saved"),
     )
     setting.loop.run()
     assert order == ["evaluated", "saved", "evaluated", "saved", "evaluated"]
+
+
+@dataclass(frozen=True, slots=True)
+class BackToTheBest(Policy):
+    """Test policy: its first phase ends at the second evaluation, with the best of the phase."""
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        later = event.progress.epoch >= 2
+        return FreezePlan(phase=int(later), keep_best="min val_loss"), state
+
+
+def test_the_best_weights_are_kept_before_a_new_phase_sets_them_back(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The best epoch of the run need not be that of the phase, by another metric."""
+    setting = Setting(epochs=2, patience=None)
+    setting.driver.policy = BackToTheBest()
+    measured: list[dict[str, Tensor]] = []
+    scores = iter([{"accuracy": 0.5, "loss": 0.1}, {"accuracy": 0.9, "loss": 0.5}])
+
+    def evaluate(self: TrainingLoop, split: object) -> dict[str, float]:
+        weights = self.parts.model.state_dict()
+        measured.append({name: w.clone() for name, w in weights.items()})
+        return next(scores)
+
+    monkeypatch.setattr(TrainingLoop, "evaluate", evaluate)
+    setting.loop.run()
+    after = setting.loop.parts.model.state_dict()
+    assert all(torch.equal(measured[0][n], after[n]) for n in after)
+    assert all(torch.equal(measured[1][n], setting.best[n]) for n in after)
+    assert any(not torch.equal(measured[0][n], measured[1][n]) for n in after)
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for():

@@ -136,11 +136,14 @@ class Listener:
 
     Attributes:
         updated: after each update, with its loss.
+        best: when the weights as they are now were measured to be the best so far; before the
+            policy hears of it, which may set the weights back.
         evaluated: after each epoch, with its metrics and whether it is the best so far.
         checkpoint: when one is due.
     """
 
     updated: Callable[[float], None]
+    best: Callable[[], None]
     evaluated: Callable[[dict[str, float], bool], None]
     checkpoint: Callable[[], None]
 
@@ -229,10 +232,18 @@ class TrainingLoop:
                 raise self._not_finite(f"a loss of {value}")
             if parts.scaler is not None:
                 parts.scaler.unscale_(parts.optimizer)
-            parts.driver.sample(loss=value)
+            parts.driver.sample(loss=value, overflow=self._overflown())
             self._clip()
             self._step()
         return value, weight
+
+    def _overflown(self) -> bool:
+        """Whether the scaler will skip this update; looked up only if a signal depends on it."""
+        parts = self.parts
+        if parts.scaler is None or not parts.driver.sampling:
+            return False
+        gradients = [p.grad for p in parts.model.parameters() if p.grad is not None]
+        return not math.isfinite(float(nn.utils.get_total_norm(gradients)))
 
     def _backward(self, batch: Batch, weight: float) -> Tensor:
         with self.parts.forward():
@@ -302,9 +313,11 @@ class TrainingLoop:
         metrics = {"train_loss": state.loss_sum / state.loss_weight}
         measured = self.evaluate(self.task.val)
         metrics |= {f"val_{name}": value for name, value in measured.items()}
-        self.parts.driver.evaluated(metrics)
         found = Best(state.evaluated + 1, state.step, measured["accuracy"], measured["loss"])
-        better, plan = found.beats(state.best), self.parts.driver.plan
+        better = found.beats(state.best)
+        if better:
+            self.listener.best()
+        plan = self.parts.driver.evaluated(metrics)
         self.state = replace(
             state,
             evaluated=state.evaluated + 1,

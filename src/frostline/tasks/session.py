@@ -93,7 +93,7 @@ class Session:
 
     def __post_init__(self) -> None:
         p = self.prepared
-        listener = Listener(self._updated, self._evaluated, self._checkpoint)
+        listener = Listener(self._updated, self._best, self._evaluated, self._checkpoint)
         self.loop = TrainingLoop(p.task, p.parts, p.batching, listener, self._interrupt)
 
     # -- before training ---------------------------------------------------------------------
@@ -177,11 +177,12 @@ class Session:
         event = {"kind": "decision", "step": decision.step, "plan": summary}
         self.on_event(event | {"reason": decision.plan.reason})
 
+    def _best(self) -> None:
+        model, step = self.prepared.parts.model, self.loop.state.step
+        save_checkpoint(self.folder.best, model=model, step=step, keep=0)
+
     def _evaluated(self, metrics: dict[str, float], better: bool) -> None:
         state = self.loop.state
-        if better:
-            model = self.prepared.parts.model
-            save_checkpoint(self.folder.best, model=model, step=state.step, keep=0)
         costs = {
             "wall_s": self.meter.wall_s,
             "peak_memory_bytes": self.meter.peak_memory_bytes,
