@@ -38,7 +38,7 @@ import torch
 from bench import processor
 from PIL import Image
 from safetensors.torch import load_file
-from specs import chosen
+from specs import OWN_RATES, chosen
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -138,10 +138,16 @@ def _pictures(folder: Path) -> tuple[Tensor, Tensor]:
     return ready.contiguous(memory_format=torch.channels_last), torch.tensor(labels)
 
 
-def settings(epochs: int) -> RunConfig:
-    """What `frostline fit` uses for pictures, without early stopping."""
-    chosen_settings = {"model": "resnet20", "data": "caltech20", "epochs": epochs, "patience": None}
-    return resolve_config(load_config(None, chosen_settings), "image")
+def settings(epochs: int, *, own_rates: bool = False) -> RunConfig:
+    """What `frostline fit` uses for pictures, without early stopping.
+
+    A policy that schedules the learning rate by itself gets a constant one to start from.
+    """
+    base: dict[str, Any] = {"model": "resnet20", "data": "caltech20", "epochs": epochs}
+    base |= {"patience": None}
+    if own_rates:
+        base |= {"schedule": "constant", "warmup": "0st"}
+    return resolve_config(load_config(None, base), "image")
 
 
 # -- one run ----------------------------------------------------------------------------------
@@ -151,7 +157,9 @@ class Run:
     """Trains one arm and counts what it costs."""
 
     def __init__(self, case: Case, job: Job, costs: Costs) -> None:
-        self.case, self.job, self.config = case, job, settings(job.epochs)
+        own_rates = job.spec.partition(":")[0] in OWN_RATES
+        self.case, self.job = case, job
+        self.config = settings(job.epochs, own_rates=own_rates)
         self.batching = Batching(len(case.train[1]), self.config.batch_size)
         per_epoch = self.batching.steps_per_epoch
         self.whole_run_steps = job.epochs * per_epoch
@@ -343,6 +351,7 @@ def _costs_from_json(costs: dict[str, Any]) -> Costs:
 def measure(shared: Path, epochs: int) -> dict[str, Any]:
     """Group costs on one thread, and the machine they hold for."""
     torch.set_num_threads(1)
+    time.perf_counter = time.process_time  # as in the workers
     case = Case.load(shared)
     model, example = case.model(0), case.example(settings(epochs))
     groups = measure_costs(model, layer_groups(model, example), example, repeats=7)
