@@ -16,6 +16,7 @@ START = {
     "total_steps": 10,
     "epochs": 2,
     "plan": "frozen 1 of 2 groups",
+    "reason": "",
 }
 
 
@@ -58,8 +59,30 @@ def test_lines_away_from_a_terminal():
     expected = "epoch 1/2, train loss 0.2500, val loss 0.5000, val accuracy 87.5 %, best so far"
     assert lines[2].startswith(expected)
     assert lines[3] == "step 5: frozen 0 of 2 groups"
-    assert "best so far" not in lines[4]
-    assert len(lines) == 5
+    assert lines[4] == "  time"
+    assert "best so far" not in lines[5]
+    assert len(lines) == 6
+
+
+def test_the_reason_of_the_first_plan_is_shown():
+    stream = io.StringIO()
+    with progress.follow(stream) as on_event:
+        on_event(START | {"reason": "the head\x1b first"})
+    assert stream.getvalue().splitlines()[-1] == r"  the head\x1b first"
+
+
+def test_of_many_changes_of_plan_the_first_are_shown_and_the_rest_counted_in_each_epoch():
+    stream = io.StringIO()
+    with progress.follow(stream) as on_event:
+        on_event(START)
+        for epoch in (1, 2):
+            for step in range(1, 101):
+                on_event(DECISION | {"step": step})
+            on_event(_epoch(epoch, better=True))
+    lines = stream.getvalue().splitlines()
+    assert sum(line.startswith("step ") for line in lines) == 2 * progress._MOST_CHANGES
+    more = f"{100 - progress._MOST_CHANGES} more changes of plan in this epoch: see record.jsonl"
+    assert lines.count(more) == 2
 
 
 def test_quiet_shows_nothing():

@@ -1,7 +1,9 @@
 """Progress of a run on stderr: a live bar on a terminal, plain lines elsewhere.
 
-Both show the same lines: where the run writes, each change of plan, each epoch. The bar adds what
-moves between them: updates, loss, time left.
+Both show the same lines: where the run writes, changes of plan with the policy's reason, each
+epoch. Of the changes within one epoch only the first few are shown, for some policies change their
+plan at every step; the record has them all. The bar adds what moves between them: updates, loss,
+time left.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from frostline.cli.terminal import console, escape
 __all__ = ["follow"]
 
 OnEvent = Callable[[Mapping[str, Any]], None]
+
+#: Changes of plan shown in one epoch.
+_MOST_CHANGES = 8
 
 
 @contextmanager
@@ -84,6 +89,7 @@ class _Lines:
     pace: _Pace = field(default_factory=_Pace)
     _epochs: int = 0
     _total: int | None = None
+    _changes: int = 0  # of plan, in this epoch
 
     def receive(self, event: Mapping[str, Any]) -> None:
         """Say what is worth a line."""
@@ -95,11 +101,21 @@ class _Lines:
                     self.say(escape(f"going on in {event['path']} after update {event['step']}"))
                 else:
                     self.say(escape(f"run folder {event['path']}"))
-                self.say(escape(event["plan"]))
+                self._plan("", event)
             case "decision" if event["step"]:
-                self.say(escape(f"step {event['step']}: {event['plan']}"))
+                self._changes += 1
+                if self._changes <= _MOST_CHANGES:
+                    self._plan(f"step {event['step']}: ", event)
             case "epoch":
+                if (more := self._changes - _MOST_CHANGES) > 0:
+                    self.say(f"{more} more changes of plan in this epoch: see record.jsonl")
+                self._changes = 0
                 self.say(self._epoch(event))
+
+    def _plan(self, when: str, event: Mapping[str, Any]) -> None:
+        self.say(escape(f"{when}{event['plan']}"))
+        if event["reason"]:
+            self.say(escape(f"  {event['reason']}"))
 
     def _epoch(self, event: Mapping[str, Any]) -> str:
         metrics = event["metrics"]

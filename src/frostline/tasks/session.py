@@ -142,6 +142,7 @@ class Session:
                 "total_steps": driver.total_steps,
                 "epochs": self.loop.config.epochs,
                 "plan": summary,
+                "reason": plan.reason,
             }
         )
 
