@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import sys
+import textwrap
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from frostline.cli.cards import Card, card
+from frostline.cli.cards import Card, Option, card
 from frostline.cli.terminal import console, escape, print_json, print_table
 from frostline.registry import (
     FAMILIES,
@@ -23,6 +25,7 @@ __all__ = ["policies"]
 _LEGEND = """\
 Options, price and evidence of one: frostline policies NAME
 Combine: --policy "then:first=(linear-probe),after=2ep,second=(gradual:every=1ep)\""""
+_READABLE = 100  # characters of a line of prose
 _CONTROLS = {
     "vs_full": "full fine-tuning",
     "vs_prefix": "a static prefix of equal compute",
@@ -73,7 +76,7 @@ def _as_json(shown: Card) -> dict[str, Any]:
 
 
 def _print(shown: Card) -> None:
-    _lines(shown.description)
+    _prose(shown.description)
     if shown.options:
         print_table(
             {"option": "left", "type": "left", "default": "left", "meaning": "left"},
@@ -82,14 +85,16 @@ def _print(shown: Card) -> None:
     else:
         _lines("\nNo options.\n")
     for heading, text in (
-        ("Reads", "; ".join(shown.reads)),
+        ("Reads", "\n\n".join(shown.reads)),
         ("Price", shown.notice),
         ("References", shown.references),
-        ("Evidence", "\n".join(_evidence(shown))),
+        ("Evidence", "\n\n".join(_evidence(shown))),
     ):
         if text:
-            _lines(f"{heading}:\n{_indented(text)}\n")
-    given = ",".join(f"{o.option}={_given(o.default)}" for o in shown.options)
+            _lines(f"{heading}:")
+            _prose(text, indent="  ", between="")
+            _lines("\n")
+    given = ",".join(f"{o.option}={_given(o)}" for o in shown.options)
     _lines(f"--policy {shlex.quote(f'{shown.name}:{given}' if given else shown.name)}")
 
 
@@ -124,12 +129,26 @@ def _difference(interval: list[float | None]) -> str:
     return f"{mean:+.1f}{ends}"
 
 
-def _given(default: str) -> str:
-    return "..." if default == "required" else default
+def _given(option: Option) -> str:
+    if option.default != "required":
+        return option.default
+    return "(...)" if option.type in ("Policy", "several policies") else "..."
 
 
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" if line else "" for line in text.splitlines())
+def _prose(text: str, *, indent: str = "", between: str = "\n") -> None:
+    """Paragraphs, wrapped at the width of the terminal, yet no wider than one likes to read."""
+    width = min(console(sys.stdout).width, _READABLE)
+    wrapped = (
+        textwrap.fill(
+            escape(" ".join(paragraph.split())),
+            width,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+        )
+        for paragraph in re.split(r"\n\s*\n", text.strip())
+    )
+    _lines(f"\n{between}".join(wrapped))
 
 
 def _lines(text: str) -> None:
