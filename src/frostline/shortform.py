@@ -275,16 +275,13 @@ class _Reader:
         return match[1].replace("''", "'"), True
 
     def _build(self, name: str, kind: type[Policy], values: dict[str, Any], text: str) -> Policy:
-        absent = [
-            f.name
-            for f in options_of(kind)
-            if f.name not in values and default_of(f) is dataclasses.MISSING
-        ]
+        required = [f.name for f in options_of(kind) if default_of(f) is dataclasses.MISSING]
+        absent = [option for option in required if option not in values]
         if absent:
             raise PolicyError(
                 f"build the policy {_clipped(text)!r}",
                 found=f"no {absent[0]!r}, which has no default",
-                fix=f"{name}:{','.join(f'{option}=...' for option in absent)}",
+                fix=f"{name}:{','.join(f'{option}=...' for option in required)}",
             )
         try:
             return kind(**values)
@@ -372,7 +369,7 @@ def _convert(text: str, hint: Any, where: str) -> Any:
     raise PolicyError(
         f"read {_clipped(where)!r}",
         found=f"{_clipped(text)!r}, which is no {readable_type(hint)}",
-        fix=f"a value of type {readable_type(hint)}",
+        fix=" or ".join(_IN_WORDS.get(kind, readable_type(kind)) for kind in choices),
     )
 
 
@@ -381,10 +378,10 @@ def readable_type(hint: Any) -> str:
 
     Example:
         >>> readable_type(Duration | None), readable_type(typing.Literal["min", "max"])
-        ('Duration | None', 'min | max')
+        ('Duration | none', 'min | max')
     """
     if hint is type(None):
-        return "None"
+        return "none"
     if hint == _SEVERAL:
         return "several policies"
     if len(_choices(hint)) > 1:
@@ -408,6 +405,9 @@ def _number(text: str) -> float:
         raise ValueError(text)
     return value
 
+
+#: What to write for an option of a type, where its name does not say so.
+_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 _READERS: dict[Any, Callable[[str], Any]] = {
     bool: _bool,

@@ -232,6 +232,10 @@ def test_one_name_with_two_meanings_is_refused(monkeypatch: pytest.MonkeyPatch) 
         ("gradual:groups_per_step=" + "9" * 5000, "which is no int"),
         ("max-frozen:policy=(full),fraction=nan", "which is no float"),
         ("guard:policy=(full),mode=most", "which is no min | max"),
+        ("gradual:live_norm=maybe", "try:   true or false"),
+        ("first:groups=two", "try:   a whole number or none"),
+        ("guard:policy=(full),mode=most", "try:   min | max"),
+        ("then:first=(full),after=1ep", "then:first=...,after=...,second=..."),
         ("guard:policy=(full),patience=0", "patience below 1"),
         ("guard:policy=(full),tolerance=-0.1", "negative"),
         ("freeze", "no 'select', which has no default"),
@@ -457,5 +461,5 @@ def test_defaults() -> None:
 
 def test_types_are_written_for_people() -> None:
     assert readable_type(tuple[Policy, ...]) == "several policies"
-    assert readable_type(Literal["a"] | None) == "a | None"
+    assert readable_type(Literal["a"] | None) == "a | none"
     assert readable_type(float) == "float"
