@@ -17,7 +17,7 @@ from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.signals import SIGNALS, Memory, Need, Probe, Signal, Values, units_of
 
-__all__ = ["Gauges"]
+__all__ = ["Gauges", "window"]
 
 
 @dataclass(slots=True)
@@ -92,14 +92,14 @@ class Gauges:
                 self.static.append(need)
             else:
                 self._gauges.append(self._made(need, need.every))
+        for i, need in enumerate(self.static):
+            for other in self.static[:i]:
+                if need.signal == other.signal and need.per != other.per:
+                    raise _torn(need, other, "read it per group or per parameter in both policies")
         for i, one in enumerate(self._gauges):
             for other in self._gauges[:i]:
                 if one.need.signal == other.need.signal and one.overlaps(other):
-                    raise PolicyError(
-                        f"read the signal {one.need.signal!r} for two policies at once",
-                        found=f"two ways to read it: {_way(one.need)} and {_way(other.need)}",
-                        fix="give both policies the same interval",
-                    )
+                    raise _torn(one.need, other.need, "give both policies the same interval")
 
     @property
     def keeps_batch(self) -> bool:
@@ -174,8 +174,8 @@ class Gauges:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def _made(self, need: Need, every: Duration) -> _Gauge:
-        start, clock = _window(need.after, self.progress)
-        end = None if need.until is None else _window(need.until, self.progress)[0]
+        start, clock = window(need.after, self.progress)
+        end = None if need.until is None else window(need.until, self.progress)[0]
         refresh = None if need.refresh is None else max(1, need.refresh.steps(clock))
         interval = max(1, every.steps(clock))
         return _Gauge(need, SIGNALS[need.signal], start, end, interval, refresh)
@@ -202,8 +202,13 @@ class Gauges:
             gauge.memory = copy.deepcopy(memory)
 
 
-def _window(lengths: tuple[Duration, ...], progress: Progress) -> tuple[int, Progress]:
-    """The step at which these lengths have passed, and a clock that starts there."""
+def window(lengths: tuple[Duration, ...], progress: Progress) -> tuple[int, Progress]:
+    """The step at which these lengths have passed, one after the other, and a clock from there.
+
+    Example:
+        >>> window((Duration.parse("2ep"),), Progress(total_steps=50, steps_per_epoch=10))
+        (20, Progress(step=0, total_steps=30, steps_per_epoch=10))
+    """
     start, clock = 0, replace(progress, step=0)
     for length in lengths:
         steps = length.steps(clock)
@@ -212,6 +217,16 @@ def _window(lengths: tuple[Duration, ...], progress: Progress) -> tuple[int, Pro
     return start, clock
 
 
+def _torn(one: Need, other: Need, fix: str) -> PolicyError:
+    return PolicyError(
+        f"read the signal {one.signal!r} for two policies at once",
+        found=f"two ways to read it: {_way(one)} and {_way(other)}",
+        fix=fix,
+    )
+
+
 def _way(need: Need) -> str:
+    if need.every is None:
+        return f"once per {need.per}"
     steps = "all steps" if need.steps is None else f"{need.steps} step(s)"
     return f"every {need.every} over {steps} per {need.per}"

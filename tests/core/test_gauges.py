@@ -13,7 +13,7 @@ import pytest
 
 from frostline.clock import Duration, Progress
 from frostline.errors import DurationError, PolicyError
-from frostline.gauges import Gauges
+from frostline.gauges import Gauges, window
 from frostline.groups import LayerGroup, LayerGroups, TensorInfo
 from frostline.signals import Matrix, Need
 
@@ -295,3 +295,17 @@ def test_values_keep_the_order_of_the_groups_whatever_a_file_did_to_it() -> None
         again = gauges_for(Need("gradient_l1", EVERY("1st"), per=per))
         again.restore(json.loads(json.dumps(gauges.state(), sort_keys=True)), groups)
         assert list(again.values["gradient_l1"]) == list(gauges.values["gradient_l1"])
+
+
+def test_static_requests_per_group_and_per_parameter_are_refused() -> None:
+    """The values of one would take the place of the other's."""
+    needs = [Need("spectral_snr", None, per=per) for per in ("group", "parameter")]
+    with pytest.raises(PolicyError, match=r"once per parameter and once per group"):
+        gauges_for(*needs)
+    assert len(gauges_for(needs[0], needs[0]).static) == 1
+
+
+def test_a_window_in_steps_has_a_clock_of_what_is_left() -> None:
+    assert window((), Progress(7, 100, 10)) == (0, Progress(0, 100, 10))
+    lengths = (EVERY("2ep"), EVERY("50%"))
+    assert window(lengths, Progress(7, 100, 10)) == (60, Progress(0, 40, 10))
