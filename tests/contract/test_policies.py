@@ -27,12 +27,13 @@ from frostline.compose import (
     Then,
     Union,
 )
+from frostline.errors import PolicyError
 from frostline.policies.scheduled import Gradual
 from frostline.policies.static import Freeze, Full, LinearProbe
 from frostline.policy import Event, State
 from frostline.registry import policy_class, policy_text
 from frostline.signals import Need
-from frostline.testing import ContractBroken, check_policy, example_groups
+from frostline.testing import ContractBroken, check_policy, event_stream, example_groups
 
 # Further forms to check besides the plain name; a policy that needs options has only these.
 SPECS = {
@@ -251,3 +252,27 @@ def test_hidden_memory_breaks_resume() -> None:
 def test_example_groups_are_measured() -> None:
     assert example_groups().measured
     assert dataclasses.asdict(example_groups()[0])["name"] == "block0"
+
+
+def test_the_events_of_a_pretend_run_keep_to_the_windows_of_needs() -> None:
+    """A request with `after` and `until` is read where a driver would read it."""
+    policy = make_policy("elastic:every=5st")
+    read = [e.sampled.get("update_importance") for e in event_stream(policy, example_groups())]
+    assert sorted({at for at in read if at is not None}) == [2, *range(7, 43, 5)]
+
+
+def test_needs_that_no_driver_can_serve_are_caught() -> None:
+    @dataclass(frozen=True)
+    class Torn(Policy):
+        """Wants one signal in two ways."""
+
+        def needs(self) -> tuple[Need, ...]:
+            return Need("loss", EVERY("2st")), Need("loss", EVERY("3st"))
+
+        def decide(
+            self, groups: LayerGroups, state: State, event: Event
+        ) -> tuple[FreezePlan, State]:
+            return FreezePlan(), state
+
+    with pytest.raises(PolicyError, match="two ways"):
+        check_policy(Torn())

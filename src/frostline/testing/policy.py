@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from frostline.clock import Progress
+from frostline.gauges import Gauges, window
 from frostline.groups import GroupCost, LayerGroup, LayerGroups, ModuleInfo, TensorInfo
 from frostline.plan import FreezePlan
 from frostline.policy import Event, EventKind, Policy, State
@@ -56,8 +57,8 @@ def event_stream(
     """The events a driver would send during a run, with made-up signals and metrics.
 
     Metrics are "loss" (falling, then rising) and "accuracy", and the same as "train_loss",
-    "val_loss" and "val_accuracy"; signals are what the policy needs, sampled as often as it asks.
-    Now and then a group has no value, as when it did not train.
+    "val_loss" and "val_accuracy"; signals are what the policy needs, sampled as often as it asks
+    and in no other window. Now and then a group has no value, as when it did not train.
     """
     source = random.Random(seed)  # noqa: S311 - test data
     total = epochs * steps_per_epoch
@@ -73,7 +74,7 @@ def event_stream(
         yield Event(kind, progress, dict(signals), sampled=dict(sampled))
         done = Progress(step + 1, total, steps_per_epoch)
         for need in policy.needs():
-            if need.every is not None and done.step % max(1, need.every.steps(done)) == 0:
+            if _reads(need, done):
                 signals[need.signal] = _made_up(need, groups, source)
                 sampled[need.signal] = done.step
         if done.step % steps_per_epoch == 0:
@@ -82,6 +83,16 @@ def event_stream(
             metrics |= {f"val_{name}": value for name, value in metrics.items()}
             metrics["train_loss"] = 1 - step / total
             yield Event(EventKind.EVALUATED, done, dict(signals), metrics, dict(sampled))
+
+
+def _reads(need: Need, done: Progress) -> bool:
+    """Whether a reading has just been taken."""
+    if need.every is None:
+        return False
+    start, clock = window(need.after, done)
+    since = done.step - start
+    over = need.until is not None and done.step > window(need.until, done)[0]
+    return since > 0 and not over and since % max(1, need.every.steps(clock)) == 0
 
 
 def _made_up(need: Need, groups: LayerGroups, source: random.Random) -> dict[str, float]:
@@ -118,6 +129,7 @@ def _check_shape(policy: Policy) -> None:
     require(frozen, "a policy is frozen (immutable configuration)", kind.__name__)
     require(bool(kind.__doc__ and kind.__doc__.strip()), "a policy has a docstring", kind.__name__)
     require(copy.deepcopy(policy) == policy, "equal configurations are equal", policy)
+    Gauges(policy.needs(), Progress(0, 100, 10))  # raises where no driver could serve them all
     unknown = [n.signal for n in policy.needs() if n.signal not in SIGNALS]
     require(not unknown, "needed signals exist", unknown)
 
