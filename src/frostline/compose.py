@@ -414,10 +414,18 @@ class Every(_Around):
 
     Attributes:
         policy: the inner policy.
-        interval: time between two questions. Evaluations are passed on whenever they come.
+        interval: time between two questions, > 0. Evaluations are passed on whenever they come.
     """
 
     interval: Duration = _ONE_EPOCH
+
+    def __post_init__(self) -> None:
+        if not self.interval.value:
+            raise PolicyError(
+                f"ask every {self.interval}",
+                found="an interval of no length",
+                fix="for example interval=1ep",
+            )
 
     def init(self, groups: LayerGroups) -> State:
         """The inner state, and no plan yet."""

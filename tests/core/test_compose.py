@@ -389,3 +389,9 @@ def test_phases_count_on_behind_a_boundary_and_the_run_does_not_end_there() -> N
     plans = plans_of(Then(TwoPhases(), Duration.parse("5st"), TwoPhases()), example_groups(), 10)
     assert [p.phase for p in plans] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
     assert [p.done for p in plans] == [False] * 8 + [True] * 2
+
+
+@pytest.mark.parametrize("interval", ["0st", "0%", "0ep"])
+def test_every_refuses_an_interval_of_no_length(interval: str) -> None:
+    with pytest.raises(PolicyError, match="an interval of no length"):
+        Every(Counting(), D(interval))
