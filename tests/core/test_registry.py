@@ -449,6 +449,8 @@ def test_families() -> None:
     assert policy_family("first") == "static"
     assert policy_family("spectrum") == "static"
     assert policy_family("gradual") == policy_family("freezeout") == "scheduled"
+    for turns in ("badam", "hift", "lisa"):  # seeds and orders measure nothing
+        assert policy_family(turns) == "scheduled"
     assert policy_family("autofreeze") == policy_family("plateau") == "dynamic"
     assert policy_family("then") == "combinator"
     assert not available_policies().keys() & available_combinators().keys()
