@@ -11,7 +11,13 @@ from frostline.clock import Duration
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone, freeze_first, freeze_only, new_reading
+from frostline.policies.common import (
+    backbone,
+    check_options,
+    freeze_first,
+    freeze_only,
+    new_reading,
+)
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
 
@@ -91,7 +97,7 @@ class Egeria(Policy):
             "drop": self.drop > 1,
             "max_unfreezes": self.max_unfreezes >= 0,
         }
-        _check(self, bounds, "every=0.4%,window=10,tolerance=0.2,drop=10")
+        check_options(self, bounds)
         if self.refresh is not None and self.reference == "pretrained":
             raise PolicyError(
                 f"refresh the reference every {self.refresh}",
@@ -265,7 +271,7 @@ class ETuner(Policy):
             "unfreeze": self.unfreeze is None or self.unfreeze > 0,
             "every": bool(self.every.value),
         }
-        _check(self, bounds, "threshold=0.01,patience=3,unfreeze=0.05,every=5%")
+        check_options(self, bounds)
 
     def needs(self) -> tuple[Need, ...]:
         """Similarity to the initial model, of frozen groups, too: it needs no gradients."""
@@ -337,16 +343,6 @@ def _of_all(event: Event, signal: str) -> float | None:
     """The largest value over the groups, None where there is none."""
     values = [v for v in event.signals.get(signal, {}).values() if math.isfinite(v)]
     return max(values, default=None)
-
-
-def _check(policy: Policy, bounds: Mapping[str, bool], fix: str) -> None:
-    for name, holds in bounds.items():
-        if not holds:
-            raise PolicyError(
-                f"use {name}={getattr(policy, name)}",
-                found="a value out of its range",
-                fix=f"for example {fix}",
-            )
 
 
 def _readings_are_dear(name: str, every: Duration) -> str:

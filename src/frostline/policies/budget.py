@@ -11,7 +11,15 @@ from frostline.clock import Duration
 from frostline.errors import PolicyError
 from frostline.groups import GroupCost, LayerGroup, LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone, choice, freeze_first, freeze_only, new_reading
+from frostline.policies.common import (
+    backbone,
+    check_interval,
+    choice,
+    finite,
+    freeze_first,
+    freeze_only,
+    new_reading,
+)
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
 
@@ -72,7 +80,7 @@ class Elastic(Policy):
                 found="a share outside (0, 1]",
                 fix="for example rho=0.5",
             )
-        _check_interval(self.every)
+        check_interval(self.every)
 
     def needs(self) -> tuple[Need, ...]:
         """The importance of every group, frozen or not: at once, and then in intervals."""
@@ -158,7 +166,7 @@ class ALSAR(Policy):
                 found="a number outside [0, 1]",
                 fix="for example unfreeze_rate=0.25",
             )
-        _check_interval(self.every)
+        check_interval(self.every)
 
     def needs(self) -> tuple[Need, ...]:
         """Fisher information, and the gradient where it is weighed."""
@@ -197,8 +205,7 @@ class ALSAR(Policy):
         self, groups: LayerGroups, state: State, event: Event, values: Mapping[str, float]
     ) -> State:
         names, turn = backbone(groups), state["turn"] + 1
-        fresh = {n: values[n] for n in names if math.isfinite(values.get(n, math.nan))}
-        fisher = state["fisher"] | fresh
+        fisher = state["fisher"] | finite(names, values)
         weight, usual = self._weight(groups, state, event)
         known: State = {"turn": turn, "fisher": fisher, "usual": usual}
         if choice(self.seed, turn).random() < self.unfreeze_rate:
@@ -351,11 +358,4 @@ def _check_measured(groups: LayerGroups, asked: str) -> None:
             asked,
             found="layer groups without measured costs",
             fix="measure first: measure_costs(model, groups)",
-        )
-
-
-def _check_interval(every: Duration) -> None:
-    if not every.value:
-        raise PolicyError(
-            f"decide every {every}", found="an interval of no length", fix="for example every=1ep"
         )

@@ -1,17 +1,34 @@
-"""What policies share: prefixes of the backbone, new readings, seeded choices."""
+"""What policies share: plans, readings, seeded choices and checks of options."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Iterable, Mapping
 
+from frostline.clock import Duration
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policy import Event, State
+from frostline.policy import Event, Policy, State
 
-__all__ = ["backbone", "choice", "freeze_first", "freeze_only", "metric", "new_reading"]
+__all__ = [
+    "NORM_SHIFTS",
+    "backbone",
+    "check_interval",
+    "check_options",
+    "choice",
+    "finite",
+    "freeze_first",
+    "freeze_only",
+    "freeze_parameters",
+    "metric",
+    "new_reading",
+]
+
+#: What frameworks call the shift of a normalisation layer, which is a bias.
+NORM_SHIFTS = ("bias", "beta", "shift")
 
 
 def backbone(groups: LayerGroups) -> list[str]:
@@ -35,6 +52,32 @@ def freeze_only(groups: LayerGroups, names: Iterable[str], reason: str = "") -> 
     return FreezePlan(frozen=frozenset(names) - groups.head, reason=reason)
 
 
+def freeze_parameters(
+    groups: LayerGroups, names: Iterable[str], *, done: bool = False, reason: str = ""
+) -> FreezePlan:
+    """Freeze single parameters; the rest of their groups trains as if nothing were frozen.
+
+    Example:
+        >>> from frostline.testing import example_groups
+        >>> plan = freeze_parameters(example_groups(), ["block0.weight"])
+        >>> sorted(plan.frozen_parameters(example_groups()))
+        ['block0.weight']
+    """
+    held: dict[str, set[str]] = {}
+    for name in names:
+        held.setdefault(groups.of_parameter(name).name, set()).add(name)
+    exempt = {group: groups[group].parameter_names - frozen for group, frozen in held.items()}
+    partly = frozenset(group for group, rest in exempt.items() if rest)
+    return FreezePlan(
+        frozen=frozenset(held),
+        exempt=exempt,
+        live_norm=partly,
+        live_dropout=partly,
+        done=done,
+        reason=reason,
+    )
+
+
 def new_reading(state: State, event: Event, signal: str) -> Mapping[str, float] | None:
     """The values of a signal if they are newer than `state["seen"]`, else None.
 
@@ -42,6 +85,16 @@ def new_reading(state: State, event: Event, signal: str) -> Mapping[str, float] 
     """
     at = event.sampled.get(signal)
     return None if at is None or at == state.get("seen") else event.signals[signal]
+
+
+def finite(units: Iterable[str], values: Mapping[str, float]) -> dict[str, float]:
+    """The values of those of the units that have one that is a finite number.
+
+    Example:
+        >>> finite(["a", "b", "c"], {"b": 2.0, "c": float("nan")})
+        {'b': 2.0}
+    """
+    return {u: values[u] for u in units if math.isfinite(values.get(u, math.nan))}
 
 
 def metric(event: Event, name: str) -> float:
@@ -68,3 +121,22 @@ def choice(seed: int, *turn: object) -> random.Random:
     """
     key = "/".join(map(str, (seed, *turn))).encode()
     return random.Random(hashlib.sha256(key).digest())  # noqa: S311 - no secret
+
+
+def check_interval(every: Duration) -> None:
+    """Raise unless the interval has a length."""
+    if not every.value:
+        raise PolicyError(
+            f"decide every {every}", found="an interval of no length", fix="for example every=1ep"
+        )
+
+
+def check_options(policy: Policy, bounds: Mapping[str, bool]) -> None:
+    """Raise unless each of the options named holds what is said of it."""
+    for name, holds in bounds.items():
+        if not holds:
+            raise PolicyError(
+                f"use {name}={getattr(policy, name)}",
+                found="a value out of its range",
+                fix="frostline policies NAME says what each option may be",
+            )

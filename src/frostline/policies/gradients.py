@@ -12,7 +12,14 @@ from frostline.clock import Duration
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone, freeze_first, new_reading
+from frostline.policies.common import (
+    backbone,
+    check_interval,
+    finite,
+    freeze_first,
+    freeze_parameters,
+    new_reading,
+)
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
 
@@ -65,7 +72,7 @@ class AutoFreeze(Policy):
                 found="a number outside [0, 100]",
                 fix="for example percentile=50",
             )
-        _check_interval(self.every)
+        check_interval(self.every)
 
     def needs(self) -> tuple[Need, ...]:
         """The summed gradient of every interval."""
@@ -90,7 +97,7 @@ class AutoFreeze(Policy):
     def _judged(self, names: list[str], state: State, sums: Mapping[str, float]) -> State:
         frozen, why, before = state["frozen"], state["why"], state["sums"]
         active = names[frozen:]
-        sums = {n: sums[n] for n in active if math.isfinite(sums.get(n, math.nan))}
+        sums = finite(active, sums)
         changes = {n: _change(before[n], now) for n, now in sums.items() if n in before}
         if changes:
             limit = _percentile(changes.values(), self.percentile)
@@ -142,7 +149,7 @@ class PipeTransformer(Policy):
                 found="a number outside (0, 1)",
                 fix="for example alpha=0.2",
             )
-        _check_interval(self.every)
+        check_interval(self.every)
 
     def needs(self) -> tuple[Need, ...]:
         """The summed gradient of every interval, if the rule looks at it."""
@@ -177,9 +184,9 @@ class PipeTransformer(Policy):
 
     def _judged(self, names: list[str], state: State, norms: Mapping[str, float]) -> State:
         frozen, why = state["frozen"], state["why"]
-        active = [n for n in names[frozen:] if math.isfinite(norms.get(n, math.nan))]
+        active = finite(names[frozen:], norms)
         if active:
-            quiet = min(active, key=lambda n: norms[n])
+            quiet = min(active, key=lambda n: active[n])
             cap = _whole(frozen + self.alpha * (len(names) - frozen))
             frozen = min(cap, names.index(quiet) + 1)
             why = (
@@ -235,7 +242,7 @@ class GradES(Policy):
                 found="a limit that is not positive and finite",
                 fix="for example tau=0.5",
             )
-        _check_interval(self.every)
+        check_interval(self.every)
 
     def needs(self) -> tuple[Need, ...]:
         """The reading of every parameter or group."""
@@ -299,32 +306,6 @@ class GradES(Policy):
         return freeze_parameters(groups, frozen, done=done, reason=why)
 
 
-def freeze_parameters(
-    groups: LayerGroups, names: Iterable[str], *, done: bool = False, reason: str = ""
-) -> FreezePlan:
-    """Freeze single parameters; the rest of their groups trains as if nothing were frozen.
-
-    Example:
-        >>> from frostline.testing import example_groups
-        >>> plan = freeze_parameters(example_groups(), ["block0.weight"])
-        >>> sorted(plan.frozen_parameters(example_groups()))
-        ['block0.weight']
-    """
-    held: dict[str, set[str]] = {}
-    for name in names:
-        held.setdefault(groups.of_parameter(name).name, set()).add(name)
-    exempt = {group: groups[group].parameter_names - frozen for group, frozen in held.items()}
-    partly = frozenset(group for group, rest in exempt.items() if rest)
-    return FreezePlan(
-        frozen=frozenset(held),
-        exempt=exempt,
-        live_norm=partly,
-        live_dropout=partly,
-        done=done,
-        reason=reason,
-    )
-
-
 def _change(before: float, now: float) -> float:
     """Relative change; without bound, but finite, where there was nothing before."""
     if before == 0:
@@ -342,13 +323,6 @@ def _percentile(values: Iterable[float], percentile: float) -> float:
 
 def _whole(number: float) -> int:
     return math.ceil(number - _ROUNDING)
-
-
-def _check_interval(every: Duration) -> None:
-    if not every.value:
-        raise PolicyError(
-            f"decide every {every}", found="an interval of no length", fix="for example every=1ep"
-        )
 
 
 def _sums_are_dear(name: str) -> str:

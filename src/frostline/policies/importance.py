@@ -12,8 +12,15 @@ from frostline.clock import Duration
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone, freeze_only, new_reading
-from frostline.policies.gradients import freeze_parameters
+from frostline.policies.common import (
+    backbone,
+    check_interval,
+    check_options,
+    finite,
+    freeze_only,
+    freeze_parameters,
+    new_reading,
+)
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
 
@@ -60,8 +67,8 @@ class AutoRGN(Policy):
     per: Unit = "group"
 
     def __post_init__(self) -> None:
-        _check(self, {"threshold": 0 < self.threshold <= 1, "steps": self.steps >= 1})
-        _check_interval(self.every)
+        check_options(self, {"threshold": 0 < self.threshold <= 1, "steps": self.steps >= 1})
+        check_interval(self.every)
         if self.mode == "rates" and self.per == "parameter":
             raise PolicyError(
                 "scale the learning rate of each parameter",
@@ -88,7 +95,7 @@ class AutoRGN(Policy):
         return _frozen_plan(groups, state, self.per), state
 
     def _rates(self, groups: LayerGroups, values: Mapping[str, float]) -> State:
-        found = _finite(groups.names, values)
+        found = finite(groups.names, values)
         largest = max(found.values(), default=0.0)
         if not largest:
             return {}
@@ -104,7 +111,7 @@ class AutoRGN(Policy):
     def _selection(self, groups: LayerGroups, values: Mapping[str, float]) -> State:
         units = _units(groups, self.per)
         what = "relative gradient norm"
-        return _below("auto-rgn", what, units, _finite(units, values), self.threshold)
+        return _below("auto-rgn", what, units, finite(units, values), self.threshold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +148,8 @@ class AutoSNR(Policy):
     per: Unit = "group"
 
     def __post_init__(self) -> None:
-        _check(self, {"threshold": 0 < self.threshold <= 1, "steps": self.steps >= 2})
-        _check_interval(self.every)
+        check_options(self, {"threshold": 0 < self.threshold <= 1, "steps": self.steps >= 2})
+        check_interval(self.every)
 
     def needs(self) -> tuple[Need, ...]:
         """The signal-to-noise ratio, of frozen groups, too."""
@@ -157,7 +164,7 @@ class AutoSNR(Policy):
         if (values := new_reading(state, event, _SNR)) is not None:
             units = _units(groups, self.per)
             what = "signal-to-noise ratio"
-            found = _below("auto-snr", what, units, _finite(units, values), self.threshold)
+            found = _below("auto-snr", what, units, finite(units, values), self.threshold)
             state = {**state, **found, "seen": event.sampled[_SNR]}
         return _frozen_plan(groups, state, self.per), state
 
@@ -203,9 +210,9 @@ class FIM(Policy):
             "groups": self.groups is None or self.groups >= 1,
             "steps": self.steps >= 1,
         }
-        _check(self, bounds)
+        check_options(self, bounds)
         if self.every is not None:
-            _check_interval(self.every)
+            check_interval(self.every)
 
     def needs(self) -> tuple[Need, ...]:
         """Squared gradients of all groups: at once, and then in intervals if there are any."""
@@ -225,7 +232,7 @@ class FIM(Policy):
 
     def _ranked(self, groups: LayerGroups, values: Mapping[str, float]) -> State:
         names = backbone(groups)
-        scores = _finite(names, values)
+        scores = finite(names, values)
         if not any(scores.values()):
             return {}
         if self.normalise:
@@ -263,10 +270,6 @@ def _units(groups: LayerGroups, per: Unit) -> list[str]:
     return [p.name for name in names for p in groups[name].parameters]
 
 
-def _finite(units: Iterable[str], values: Mapping[str, float]) -> dict[str, float]:
-    return {u: values[u] for u in units if math.isfinite(values.get(u, math.nan))}
-
-
 def _below(
     name: str, what: str, units: list[str], values: Mapping[str, float], threshold: float
 ) -> State:
@@ -286,20 +289,3 @@ def _frozen_plan(groups: LayerGroups, state: State, per: Unit) -> FreezePlan:
     if per == "group":
         return freeze_only(groups, state["frozen"], state["why"])
     return freeze_parameters(groups, state["frozen"], reason=state["why"])
-
-
-def _check(policy: Policy, bounds: Mapping[str, bool]) -> None:
-    for name, holds in bounds.items():
-        if not holds:
-            raise PolicyError(
-                f"use {name}={getattr(policy, name)}",
-                found="a value out of its range",
-                fix="frostline policies NAME says what each option may be",
-            )
-
-
-def _check_interval(every: Duration) -> None:
-    if not every.value:
-        raise PolicyError(
-            f"read every {every}", found="an interval of no length", fix="for example every=1ep"
-        )

@@ -10,8 +10,14 @@ from frostline.clock import Duration
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone, choice, freeze_only, new_reading
-from frostline.policies.gradients import freeze_parameters
+from frostline.policies.common import (
+    NORM_SHIFTS,
+    backbone,
+    choice,
+    freeze_only,
+    freeze_parameters,
+    new_reading,
+)
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
 
@@ -21,8 +27,6 @@ _ONE_STEP = Duration.parse("1st")
 _ONE_PERCENT = Duration.parse("1%")
 _PERTURBATION = "effective_perturbation"
 _RELATIVE = "relative_weight_change"
-#: What frameworks call the shift of a normalisation layer: a bias.
-_SHIFTS = ("bias", "beta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +179,8 @@ class SlimFit(Policy):
             p.name
             for name in backbone(groups)
             for p in groups[name].parameters
-            if len(p.shape) > 1 or (p.kind == "norm" and p.name.rpartition(".")[2] not in _SHIFTS)
+            if len(p.shape) > 1
+            or (p.kind == "norm" and p.name.rpartition(".")[2] not in NORM_SHIFTS)
         ]
         choice(self.seed).shuffle(order)
         first = self._chosen(order, {})

@@ -12,7 +12,7 @@ from frostline.clock import Duration
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone, choice
+from frostline.policies.common import backbone, check_interval, choice
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
 
@@ -76,7 +76,7 @@ class LISA(Policy):
             raise PolicyError(
                 f"draw {self.layers} groups", found="fewer than one", fix="for example layers=2"
             )
-        _check_interval(self.every)
+        check_interval(self.every)
 
     def needs(self) -> tuple[Need, ...]:
         """The norms of weights, where draws go by them."""
@@ -148,7 +148,7 @@ class BAdam(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_interval(self.every)
+        check_interval(self.every)
 
     def notice(self) -> str:
         """That frequent changes are dear."""
@@ -208,7 +208,7 @@ class HiFT(Policy):
                 found="fewer than one",
                 fix="for example groups=1",
             )
-        _check_interval(self.every)
+        check_interval(self.every)
 
     def notice(self) -> str:
         """That frequent changes are dear."""
@@ -280,10 +280,3 @@ def _changes_are_dear(name: str, every: Duration) -> str:
     return (
         f"{name} changes what is frozen every {every}: each change takes time, and proving it more."
     )
-
-
-def _check_interval(every: Duration) -> None:
-    if not every.value:
-        raise PolicyError(
-            f"change every {every}", found="an interval of no length", fix="for example every=50st"
-        )

@@ -60,23 +60,23 @@ class Gradual(Policy):
 
     def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
         """The head and the groups whose time has come train; the rest is frozen."""
-        backbone = [g.name for g in groups if g.name not in groups.head]
-        joined = min(len(backbone), self._joined(len(backbone), event))
-        frozen = frozenset(backbone[: len(backbone) - joined])
+        names = backbone(groups)
+        joined = min(len(names), self._joined(len(names), event))
+        frozen = frozenset(names[: len(names) - joined])
         plan = FreezePlan(
             frozen=frozen,
             live_norm=frozen if self.live_norm else frozenset(),
-            reason=f"gradual unfreezing: head and {joined} of {len(backbone)} groups train",
+            reason=f"gradual unfreezing: head and {joined} of {len(names)} groups train",
         )
         return plan, state
 
-    def _joined(self, backbone: int, event: Event) -> int:
+    def _joined(self, count: int, event: Event) -> int:
         progress = event.progress
         if self.until is None:
             intervals = progress.step // max(1, self.every.steps(progress))
             return intervals * self.groups_per_step
         end = max(1, self.until.steps(progress))
-        return backbone * progress.step // end
+        return count * progress.step // end
 
 
 @dataclass(frozen=True, slots=True)

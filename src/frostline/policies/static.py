@@ -11,7 +11,7 @@ from frostline.compose import kept_plan, kept_text
 from frostline.errors import PolicyError, few
 from frostline.groups import LayerGroup, LayerGroups, TensorInfo
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone
+from frostline.policies.common import NORM_SHIFTS, backbone
 from frostline.policy import Event, Policy, State
 from frostline.select import select
 
@@ -389,7 +389,7 @@ class BitFit(_Fixed):
 
     def _is_bias(self, parameter: TensorInfo) -> bool:
         if parameter.kind == "norm":
-            return self.norm_shifts and parameter.name.rpartition(".")[2] in _SHIFTS
+            return self.norm_shifts and parameter.name.rpartition(".")[2] in NORM_SHIFTS
         return parameter.kind == "bias"
 
 
@@ -435,8 +435,6 @@ class FreezeEmbeddings(_Fixed):
 
 
 _NOTHING = FreezePlan(reason="full fine-tuning: everything trains")
-#: What implementations call the shift of a normalisation layer.
-_SHIFTS = ("bias", "beta", "shift")
 
 
 def _wanted(groups: LayerGroups, rule: Callable[[TensorInfo], bool]) -> frozenset[str]:
