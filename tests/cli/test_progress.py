@@ -77,12 +77,25 @@ def test_of_many_changes_of_plan_the_first_are_shown_and_the_rest_counted_in_eac
         on_event(START)
         for epoch in (1, 2):
             for step in range(1, 101):
-                on_event(DECISION | {"step": step})
+                on_event(DECISION | {"step": step, "plan": f"frozen {(step + 1) % 2} of 2 groups"})
             on_event(_epoch(epoch, better=True))
     lines = stream.getvalue().splitlines()
     assert sum(line.startswith("step ") for line in lines) == 2 * progress._MOST_CHANGES
     more = f"{100 - progress._MOST_CHANGES} more changes of plan in this epoch: see record.jsonl"
     assert lines.count(more) == 2
+
+
+def test_changes_of_rates_at_every_step_leave_room_for_changes_of_what_is_frozen():
+    stream = io.StringIO()
+    with progress.follow(stream) as on_event:
+        on_event(START)
+        for step in range(1, 101):
+            frozen = f"frozen {1 + step // 50} of 9 groups"
+            on_event(DECISION | {"step": step, "plan": frozen})
+        on_event(_epoch(1, better=True))
+    lines = [line for line in stream.getvalue().splitlines() if line.startswith("step ")]
+    assert [line.partition(":")[0] for line in lines] == ["step 1", "step 2", "step 50", "step 100"]
+    assert "96 more changes of plan" in stream.getvalue()
 
 
 def test_quiet_shows_nothing():

@@ -23,8 +23,9 @@ __all__ = ["follow"]
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
-#: Changes of plan shown in one epoch.
+#: Changes of plan shown in one epoch: of what is frozen, and of learning rates alone.
 _MOST_CHANGES = 8
+_MOST_RATES = 1
 
 
 @contextmanager
@@ -89,7 +90,9 @@ class _Lines:
     pace: _Pace = field(default_factory=_Pace)
     _epochs: int = 0
     _total: int | None = None
-    _changes: int = 0  # of plan, in this epoch
+    _plan: str = ""  # the newest
+    _left: dict[bool, int] = field(default_factory=dict[bool, int])
+    _more: int = 0  # changes of plan in this epoch that were not shown
 
     def receive(self, event: Mapping[str, Any]) -> None:
         """Say what is worth a line."""
@@ -101,18 +104,27 @@ class _Lines:
                     self.say(escape(f"going on in {event['path']} after update {event['step']}"))
                 else:
                     self.say(escape(f"run folder {event['path']}"))
-                self._plan("", event)
+                self._say_plan("", event)
             case "decision" if event["step"]:
-                self._changes += 1
-                if self._changes <= _MOST_CHANGES:
-                    self._plan(f"step {event['step']}: ", event)
+                self._decision(event)
             case "epoch":
-                if (more := self._changes - _MOST_CHANGES) > 0:
-                    self.say(f"{more} more changes of plan in this epoch: see record.jsonl")
-                self._changes = 0
+                if self._more:
+                    self.say(f"{self._more} more changes of plan in this epoch: see record.jsonl")
+                self._left, self._more = {}, 0
                 self.say(self._epoch(event))
 
-    def _plan(self, when: str, event: Mapping[str, Any]) -> None:
+    def _decision(self, event: Mapping[str, Any]) -> None:
+        same = event["plan"] == self._plan  # only rates changed: some policies do so at each step
+        left = self._left.setdefault(same, _MOST_RATES if same else _MOST_CHANGES)
+        if left:
+            self._left[same] = left - 1
+            self._say_plan(f"step {event['step']}: ", event)
+        else:
+            self._plan = event["plan"]
+            self._more += 1
+
+    def _say_plan(self, when: str, event: Mapping[str, Any]) -> None:
+        self._plan = event["plan"]
         self.say(escape(f"{when}{event['plan']}"))
         if event["reason"]:
             self.say(escape(f"  {event['reason']}"))

@@ -246,7 +246,7 @@ class Session:
         certificate = driver.finish()
         if not self._trained:
             if ends_its_phase(driver.policy, self.prepared.groups, driver.plan):
-                _log.warning("the run ended before its policy did, in %s", driver.plan.reason)
+                _log.warning("the run ended before its policy did: %s", driver.plan.reason)
             self._trained, self._saved = True, (-1, -1)
             self._checkpoint()
         self.recorder.certificate(certificate, sha256=self._write_certificate(certificate))
