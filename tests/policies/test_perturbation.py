@@ -372,3 +372,16 @@ def test_the_order_of_readings_does_not_matter(policy: Policy) -> None:
 def test_options_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match="cannot"):
         kind(**options)
+
+
+def test_slimfit_never_freezes_a_shift_of_a_norm_whatever_its_name() -> None:
+    tensors = [TensorInfo(f"n.{name}", (4,), kind="norm") for name in ("scale", "shift", "beta")]
+    groups = LayerGroups((LayerGroup("n", 0, tuple(tensors)), LayerGroup("head", 1, ())))
+    assert SlimFit().init(groups)["order"] == ["n.scale"]
+
+
+def test_slimfit_freezes_exactly_its_share() -> None:
+    """29 % of 100 weights are 29, though the float product is a little less."""
+    tensors = tuple(TensorInfo(f"w{i}", (2, 2)) for i in range(100))
+    groups = LayerGroups((LayerGroup("body", 0, tensors), LayerGroup("head", 1, ())))
+    assert len(SlimFit(frozen=0.29).init(groups)["trained"]) == 71

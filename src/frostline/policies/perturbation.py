@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from frostline.clock import Duration
 from frostline.errors import PolicyError
@@ -218,5 +219,6 @@ class SlimFit(Policy):
 
     def _chosen(self, order: list[str], distance: Mapping[str, float]) -> list[str]:
         """The weights with the largest distances, those without one first."""
-        count = len(order) - int(self.frozen * len(order))
+        # Exact: 29 % of 100 weights are 29, whatever the rounding of 0.29.
+        count = len(order) - math.floor(Fraction(str(self.frozen)) * len(order))
         return sorted(order, key=lambda name: -distance.get(name, math.inf))[:count]
