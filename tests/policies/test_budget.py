@@ -502,3 +502,13 @@ def test_options_out_of_range_are_refused(kind: Any, options: dict[str, Any]) ->
 def test_short_intervals_are_announced() -> None:
     assert not ALSAR().notice()
     assert "every 1st" in ALSAR(every=EVERY("1st")).notice()
+
+
+def test_alsar_takes_a_gradient_beyond_all_bounds_for_no_weight() -> None:
+    """The square of a huge norm is no number in floats, which must not end the run."""
+    groups, policy = example_groups(4), ALSAR(by_batch=True, unfreeze_rate=0)
+    fisher = dict.fromkeys(groups.names, 1.0)
+    _, state = read(
+        policy, groups, policy.init(groups), 1, fisher_ema=fisher, gradient_norm={"head": 1e200}
+    )
+    assert state["usual"] is None

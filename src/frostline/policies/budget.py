@@ -238,7 +238,8 @@ class ALSAR(Policy):
         if not self.by_batch:
             return 1.0, usual
         norms = event.signals.get(_NORM, {})
-        now = sum(norms.get(name, 0.0) ** 2 for name in sorted(groups.head))
+        found = [norms.get(name, 0.0) for name in sorted(groups.head)]
+        now = sum(n * n for n in found)  # a power would raise where this is infinite
         if not math.isfinite(now):
             return 1.0, usual
         weight = now / usual if usual else 1.0
