@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -638,3 +639,29 @@ def test_a_long_schedule_stays_small_and_quick(tmp_path: Path) -> None:
     policy = written(tmp_path, text)
     assert len(repr(policy)) < 100 * 400
     policy.init(groups)
+
+
+def test_chain_thaw_has_no_phase_for_a_group_that_never_runs() -> None:
+    """Such a phase would train nothing, for which there is not even a gradient to compute."""
+    groups = LayerGroups(
+        tuple(replace(g, calls=0) if g.name == "block1" else g for g in example_groups(4))
+    )
+    assert [str(phase.train) for phase in ChainThaw().phases(groups)] == [
+        "head", "block0", "block2", "all"
+    ]  # fmt: skip
+
+
+def test_a_change_of_phase_works_out_no_more_than_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All phases at each change would be quadratic work over a run of one phase per group."""
+    groups, asked = example_groups(30), list[Phase]()
+    policy = ChainThaw(length=D("1st"))
+    state = policy.init(groups)
+    once = Phase.parameters
+    monkeypatch.setattr(Phase, "parameters", lambda s, g: (asked.append(s), once(s, g))[1])
+    for step in range(31):
+        kind = EventKind.STEP if step else EventKind.START
+        plan, state = policy.decide(groups, state, Event(kind, Progress(step, 40, 10)))
+        assert plan.phase == step
+    assert len(asked) == 31

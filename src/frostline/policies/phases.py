@@ -65,7 +65,8 @@ class _Phased(Policy):
 
     def init(self, groups: LayerGroups) -> State:
         """No phase yet; raises if some phase does not fit the groups."""
-        _plans(self.phases(groups), groups)
+        phases = self.phases(groups)
+        _plans(phases, groups, range(len(phases)))
         return {"phase": -1}
 
     def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
@@ -108,7 +109,7 @@ class _Phased(Policy):
     ) -> State:
         phases = self.phases(groups)
         done = number == len(phases)
-        plan = _plans(phases, groups)[min(number, len(phases) - 1)]
+        plan = _plan(phases, groups, min(number, len(phases) - 1))
         if done:
             reason = f"all {number} phases are over, the last one: {why.rpartition(': ')[2]}"
             plan = replace(plan, phase=number, keep_best="", done=True, reason=reason)
@@ -124,11 +125,20 @@ class _Phased(Policy):
         }
 
 
-def _plans(phases: Sequence[Phase], groups: LayerGroups) -> list[FreezePlan]:
-    """The plan of each phase; a phase that adds builds on those before it."""
+def _plan(phases: Sequence[Phase], groups: LayerGroups, number: int) -> FreezePlan:
+    """The plan of one phase."""
+    first = next((i for i in range(number, 0, -1) if not phases[i].add), 0)
+    return _plans(phases, groups, range(first, number + 1))[-1]
+
+
+def _plans(
+    phases: Sequence[Phase], groups: LayerGroups, numbers: Sequence[int]
+) -> list[FreezePlan]:
+    """The plans of phases in a row; a phase that adds builds on those before it."""
     plans: list[FreezePlan] = []
     trained, rates = frozenset[str](), dict[str, float]()
-    for number, phase in enumerate(phases):
+    for number in numbers:
+        phase = phases[number]
         own = phase.parameters(groups)
         if phase.add and own <= trained:
             raise PolicyError(
@@ -198,7 +208,9 @@ class ChainThaw(_Phased):
 
     def phases(self, groups: LayerGroups) -> tuple[Phase, ...]:
         """Head, single groups, all."""
-        names = [g.name for g in groups if g.parameters and g.name not in groups.head]
+        # Alone, a group that never runs would leave nothing to compute a gradient of.
+        body = (g for g in groups if g.name not in groups.head)
+        names = [g.name for g in body if g.parameters and g.calls]
         alone = (Selector.where(_is(name), text=name) for name in names)
         return (
             self._phase("head", self.head_lr),
