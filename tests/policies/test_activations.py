@@ -16,6 +16,7 @@ from frostline.clock import Duration, Progress
 from frostline.compose import Then
 from frostline.driver import Driver
 from frostline.errors import PolicyError
+from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policies.activations import Egeria, ETuner
 from frostline.policies.static import Full
@@ -466,3 +467,22 @@ def test_the_order_of_readings_does_not_matter(policy: Policy) -> None:
 def test_options_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match="cannot"):
         kind(**options)
+
+
+def test_egeria_passes_over_a_group_that_never_runs() -> None:
+    """It puts out nothing, so it has no reading, and would hold up all deeper groups."""
+    groups = LayerGroups(
+        tuple(replace(g, calls=0) if g.depth == 1 else g for g in example_groups(4))
+    )
+    policy = Egeria(every=ONE, window=2, bootstrap=None, unfreeze="never")
+    state, found = policy.init(groups), []
+    for step in range(30):
+        reading = {n: 1.0 for n in groups.names if n != "block1"}
+        signals = {"sp_loss_int8": reading} if step else {}
+        event = Event(
+            EventKind.STEP, Progress(step, 30), signals, sampled=dict.fromkeys(signals, step)
+        )
+        plan, state = policy.decide(groups, state, event)
+        if len(plan.frozen) not in found:
+            found.append(len(plan.frozen))
+    assert found == [0, 1, 3]

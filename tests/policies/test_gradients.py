@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from frostline.clock import Duration, Progress
 from frostline.driver import Driver
-from frostline.errors import PolicyError
+from frostline.errors import DurationError, PolicyError
 from frostline.groups import LayerGroup, LayerGroups, TensorInfo
 from frostline.plan import FreezePlan
 from frostline.policies.gradients import AutoFreeze, GradES, PipeTransformer
@@ -430,3 +431,40 @@ def test_the_order_of_readings_does_not_matter(policy: Policy) -> None:
 def test_options_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match="cannot"):
         kind(**options)
+
+
+# -- groups out of the ordinary ---------------------------------------------------------------
+
+
+def changed(place: int, **changes: Any) -> LayerGroups:
+    """Four groups and a head, of which the one at `place` is changed."""
+    groups = example_groups(5)
+    return LayerGroups(tuple(replace(g, **changes) if g.depth == place else g for g in groups))
+
+
+def test_autofreeze_passes_over_a_group_without_parameters() -> None:
+    """It never has a reading, and would hold up all deeper groups."""
+    groups = changed(0, parameters=())
+    before = {"block1": 10.0, "block2": 10.0, "block3": 10.0}
+    now = {"block1": 10.0, "block2": 5.0, "block3": 5.0}
+    last = plans(AutoFreeze(every=EVERY("1st")), [before, now], groups)[-1]
+    assert last.frozen == {"block0", "block1"}
+
+
+@pytest.mark.parametrize("per", ["group", "parameter"])
+def test_grades_ends_although_a_group_never_runs(per: Any) -> None:
+    groups = changed(2, calls=0)
+    policy = GradES(per=per, start=EVERY("50%"), every=EVERY("1st"))
+    units = [f"block{i}{'.weight' if per == 'parameter' else ''}" for i in range(4)]
+    quiet = [{u: 0.0 if "2" in u else value for u in units} for value in (1.0, 0.1)]
+    last = plans(policy, quiet, groups)[-1]
+    assert last.done
+    assert "block2" not in last.frozen
+
+
+def test_grades_says_at_the_start_that_it_needs_the_length_of_the_run() -> None:
+    """Its readings may be counted in steps, and then nothing else would ask before."""
+    policy, groups = GradES(every=EVERY("2st")), example_groups()
+    event = Event(EventKind.START, Progress(0, None, 10))
+    with pytest.raises(DurationError, match="total_steps is unknown"):
+        policy.decide(groups, policy.init(groups), event)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from frostline.clock import Duration, Progress
 from frostline.driver import Driver
 from frostline.errors import PolicyError, SelectorError, SelectorMatchedNothing
+from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policies.scheduled import Gradual, ULMFiT, Wav2Vec2
 from frostline.policy import Event, EventKind, Policy
@@ -144,3 +147,13 @@ def test_what_is_unfrozen_really_trains(policy: Policy, joins: dict[str, int]) -
                 joined.setdefault(layer, step)
     assert joined == joins
     driver.finish()
+
+
+def test_wav2vec2_takes_the_first_group_with_parameters_for_the_front_end() -> None:
+    groups = LayerGroups(
+        tuple(replace(g, parameters=()) if g.depth == 0 else g for g in example_groups(4))
+    )
+    policy = Wav2Vec2(head_only=Duration.parse("1st"))
+    event = Event(EventKind.STEP, Progress(1, 10))
+    plan, _ = policy.decide(groups, policy.init(groups), event)
+    assert plan.frozen == {"block0", "block1"}

@@ -253,3 +253,11 @@ def test_weights_frozen_by_train_only_keep_their_bits() -> None:
             case.backward()
             case.update()
     np.testing.assert_array_equal(case.net.parameters["layer0.weight"], before)
+
+
+def test_the_fallback_for_embeddings_is_the_first_group_with_parameters() -> None:
+    groups = LayerGroups(
+        tuple(dataclasses.replace(g, parameters=()) if g.depth == 0 else g for g in GROUPS)
+    )
+    plan = plan_of(FreezeEmbeddings(fallback="first"), groups)
+    assert plan.frozen == {"block0", "block1"}

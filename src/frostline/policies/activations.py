@@ -138,7 +138,7 @@ class Egeria(Policy):
         """The prefix so far; longer, or none, after a reading that says so."""
         if (losses := new_reading(state, event, self._signal)) is not None:
             state = {**state, "seen": event.sampled[self._signal]}
-            state |= self._rate(state, event) or self._turn(backbone(groups), state, event, losses)
+            state |= self._rate(state, event) or self._turn(groups, state, event, losses)
         return freeze_first(groups, state["frozen"], state["why"]), state
 
     @property
@@ -169,7 +169,7 @@ class Egeria(Policy):
         }
 
     def _turn(
-        self, names: list[str], state: State, event: Event, losses: Mapping[str, float]
+        self, groups: LayerGroups, state: State, event: Event, losses: Mapping[str, float]
     ) -> State:
         """What changes by a reading: the bootstrap ends, a series grows, or a group freezes."""
         if not state["judging"]:
@@ -178,21 +178,21 @@ class Egeria(Policy):
                 return {}
             calm = before is not None and abs(now - before) < (self.bootstrap or 0) * abs(before)
             return {"loss": now, "judging": calm}
-        if state["frozen"] == len(names):
-            return {}
-        front = names[state["frozen"]]
-        value = losses.get(front, math.nan)
-        if not math.isfinite(value):
+        names = backbone(groups)
+        # What never runs puts out nothing to judge: it is frozen along with the next that does.
+        left = (i for i in range(state["frozen"], len(names)) if groups[names[i]].calls)
+        place = next(left, None)
+        if place is None or not math.isfinite(value := losses.get(names[place], math.nan)):
             return {}
         series = self._grown(state, value, self._reference_at(event))
         if series["stale"] < state["window"]:
             return series
         slope, limit = series["slope"], self.tolerance * max(series["first"])
         return {
-            "frozen": state["frozen"] + 1,
+            "frozen": place + 1,
             "frozen_rate": state["rate"],
             "why": (
-                f"egeria: {state['frozen'] + 1} of {len(names)} groups frozen; the slope of {front}"
+                f"egeria: {place + 1} of {len(names)} groups frozen; the slope of {names[place]}"
                 f" was within {limit:.3g} for {state['window']} readings, at last {slope:.3g}"
             ),
             **_FRESH,

@@ -23,6 +23,7 @@ __all__ = [
     "freeze_first",
     "freeze_only",
     "freeze_parameters",
+    "input_end",
     "metric",
     "new_reading",
 ]
@@ -34,6 +35,19 @@ NORM_SHIFTS = ("bias", "beta", "shift")
 def backbone(groups: LayerGroups) -> list[str]:
     """Names of the groups that are not the head, in execution order."""
     return [g.name for g in groups if g.name not in groups.head]
+
+
+def input_end(groups: LayerGroups) -> list[str]:
+    """The first group of the backbone that has parameters, after those before it that have none.
+
+    Example:
+        >>> from frostline.testing import example_groups
+        >>> input_end(example_groups(4))
+        ['block0']
+    """
+    names = backbone(groups)
+    end = next((i for i, name in enumerate(names) if groups[name].parameters), -1)
+    return names[: end + 1]
 
 
 def freeze_first(groups: LayerGroups, count: int, reason: str = "") -> FreezePlan:

@@ -55,7 +55,8 @@ class AutoFreeze(Policy):
         Liu, Agarwal & Venkataraman 2021, "AutoFreeze: Automatically Freezing Model Blocks to
         Accelerate Fine-tuning", arXiv:2102.01386. The released code reloads the model and makes a
         new optimizer at each decision, which loses its momentum; here the optimizer goes on. A
-        group without a reading is not passed over. Embeddings are a group of their own.
+        group that has parameters but no reading is not passed over. Embeddings are a group of their
+        own.
 
     Example:
         >>> AutoFreeze(percentile=75).needs()[0].signal
@@ -90,18 +91,21 @@ class AutoFreeze(Policy):
     def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
         """The prefix so far, longer after a reading that says so."""
         if (sums := new_reading(state, event, _SUMMED_L1)) is not None:
-            state = self._judged(backbone(groups), state, sums)
+            state = self._judged(groups, state, sums)
             state["seen"] = event.sampled[_SUMMED_L1]
         return freeze_first(groups, state["frozen"], state["why"]), state
 
-    def _judged(self, names: list[str], state: State, sums: Mapping[str, float]) -> State:
+    def _judged(self, groups: LayerGroups, state: State, sums: Mapping[str, float]) -> State:
         frozen, why, before = state["frozen"], state["why"], state["sums"]
+        names = backbone(groups)
         active = names[frozen:]
         sums = finite(active, sums)
         changes = {n: _change(before[n], now) for n, now in sums.items() if n in before}
         if changes:
             limit = _percentile(changes.values(), self.percentile)
-            stop = next(n for n in active if changes.get(n, math.inf) >= limit)
+            stop = next(
+                n for n in active if groups[n].parameters and changes.get(n, math.inf) >= limit
+            )
             frozen = names.index(stop)
             why = (
                 f"autofreeze: {frozen} of {len(names)} groups frozen; {stop} still changes, "
@@ -261,18 +265,20 @@ class GradES(Policy):
     def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
         """What is frozen so far, and more after a reading that says so."""
         signal = f"{self.measure}_l1"
+        early = not event.progress.reached(self.start)  # raises at once without the total
         if (readings := new_reading(state, event, signal)) is not None:
-            early = not event.progress.reached(self.start)
             state = self._judged(self._monitored(groups), state, readings, early=early)
             state["seen"] = event.sampled[signal]
         return self._plan(groups, state), state
 
     def _monitored(self, groups: LayerGroups) -> list[str]:
+        # What never runs has no gradient, and would keep the run from its end.
+        names = [n for n in backbone(groups) if groups[n].parameters and groups[n].calls]
         if self.per == "group":
-            return backbone(groups)
+            return names
         return [
             p.name
-            for name in backbone(groups)
+            for name in names
             for p in groups[name].parameters
             if p.kind == "weight" and len(p.shape) > 1
         ]

@@ -9,7 +9,7 @@ from frostline.compose import Discriminative, Slanted, kept_plan, kept_text
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone
+from frostline.policies.common import backbone, input_end
 from frostline.policies.static import Full
 from frostline.policy import Event, Policy, State
 from frostline.select import select
@@ -182,8 +182,7 @@ class Wav2Vec2(Policy):
 
     def _later(self, groups: LayerGroups) -> FreezePlan:
         if self.frontend is None:
-            frozen = frozenset(backbone(groups)[:1])
-            plan = FreezePlan(frozen=frozen)
+            plan = FreezePlan(frozen=frozenset(input_end(groups)))
         else:
             plan = FreezePlan.freezing(groups, self.frontend).without(groups.head)
         return plan.because("wav2vec 2.0: all but the front end trains")

@@ -11,7 +11,7 @@ from frostline.compose import kept_plan, kept_text
 from frostline.errors import PolicyError, few
 from frostline.groups import LayerGroup, LayerGroups, TensorInfo
 from frostline.plan import FreezePlan
-from frostline.policies.common import NORM_SHIFTS, backbone
+from frostline.policies.common import NORM_SHIFTS, backbone, input_end
 from frostline.policy import Event, Policy, State
 from frostline.select import select
 
@@ -417,10 +417,9 @@ class FreezeEmbeddings(_Fixed):
     def plan(self, groups: LayerGroups) -> FreezePlan:
         """Embeddings of the backbone frozen; raises if there are none and no fallback."""
         names = _wanted(groups, lambda p: p.kind == "embedding")
-        if not names and self.fallback == "first" and groups.backbone:
-            name = backbone(groups)[0]
+        if not names and self.fallback == "first" and (first := input_end(groups)):
             return FreezePlan(
-                frozen=frozenset({name}), reason=f"the first group, {name}, is frozen"
+                frozen=frozenset(first), reason=f"the first group, {first[-1]}, is frozen"
             )
         if not names:
             raise PolicyError(
