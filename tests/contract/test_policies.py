@@ -92,7 +92,11 @@ SPECS = {
         "lisa:every=10%,layers=1,keep_embeddings=false,seed=1",
     ],
     "badam": ["badam:every=5st", "badam:every=4st,order=random,embeddings=true,seed=3"],
-    "hift": ["hift", "hift:order=random,groups=2", "hift:every=3st,order=descending"],
+    "hift": [
+        "hift",
+        "hift:order=random,groups=2",
+        "hift:every=3st,order=descending,live_norm=true",
+    ],
 }
 ALL = [spec for name in available_policies() for spec in SPECS.get(name, [name])]
 EVERY = Duration.parse

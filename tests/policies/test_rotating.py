@@ -389,3 +389,15 @@ def test_frequent_changes_are_announced() -> None:
 def test_options_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match="cannot"):
         kind(**options)
+
+
+@pytest.mark.parametrize("kind", [LISA, BAdam, HiFT])
+def test_statistics_of_resting_groups_follow_the_data_where_asked(
+    kind: type[LISA | BAdam | HiFT],
+) -> None:
+    """The public codes freeze weights alone and leave every module in training mode."""
+    groups = example_groups(6)
+    for plan in plans(kind(every=EVERY("2st"), live_norm=True), groups, 8):
+        assert plan.frozen
+        assert plan.live_norm == plan.frozen
+    assert not any(plan.live_norm for plan in plans(kind(every=EVERY("2st")), groups, 8))

@@ -50,6 +50,9 @@ class LISA(Policy):
             so that its memory grows to that of full fine-tuning. "release" forgets a group when
             it freezes, which is what saves memory.
         seed: of the draws.
+        live_norm: let normalisation statistics of resting groups follow the data, as they do in the
+            public code, which freezes weights alone. Off, ours: they run with what they learned,
+            and no statistics drift while their weights rest.
 
     References:
         Pan et al. 2024, "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language
@@ -70,6 +73,7 @@ class LISA(Policy):
     keep_embeddings: bool = True
     states: Literal["keep", "release"] = "keep"
     seed: int = 0
+    live_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.layers < 1:
@@ -100,8 +104,8 @@ class LISA(Policy):
         drawn, kept = state["drawn"], _embeddings(groups) if self.keep_embeddings else []
         what = "the embeddings, " if kept else ""
         why = f"lisa: {what}{', '.join(drawn) or 'nothing'} and the head train in turn {turn + 1}"
-        plan = _training(groups, [*drawn, *kept], why, release=self.states == "release")
-        return plan, state
+        release, live = self.states == "release", self.live_norm
+        return _training(groups, [*drawn, *kept], why, release=release, live_norm=live), state
 
     def drawn(
         self, groups: LayerGroups, turn: int, norms: Mapping[str, float] | None = None
@@ -130,6 +134,8 @@ class BAdam(Policy):
         embeddings: let groups that hold embeddings take turns. Off, the public code's: they are
             frozen throughout.
         seed: of the random orders.
+        live_norm: let normalisation statistics of resting groups follow the data, as they do in the
+            public code, which freezes weights alone. Off, ours.
 
     References:
         Luo, Yu & Li 2024, "BAdam: A Memory Efficient Full Parameter Optimization Method for Large
@@ -146,6 +152,7 @@ class BAdam(Policy):
     order: Order = "descending"
     embeddings: bool = False
     seed: int = 0
+    live_norm: bool = False
 
     def __post_init__(self) -> None:
         check_interval(self.every)
@@ -159,7 +166,8 @@ class BAdam(Policy):
         turn = _turn(event, self.every)
         name = self.block(groups, turn)
         why = f"badam: {name or 'nothing'} and the head train in turn {turn + 1}"
-        return _training(groups, [name], why, release=True), state
+        plan = _training(groups, [name], why, release=True, live_norm=self.live_norm)
+        return plan, state
 
     def block(self, groups: LayerGroups, turn: int) -> str:
         """The group of a turn; empty where there is none."""
@@ -181,6 +189,8 @@ class HiFT(Policy):
             all sweeps. The paper has all three; "ascending" by default is ours.
         groups: how many train together, >= 1; 1, the paper's.
         seed: of the random order.
+        live_norm: let normalisation statistics of resting groups follow the data, as they do in the
+            public code, which freezes weights alone. Off, ours.
 
     References:
         Liu et al. 2024, "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", EMNLP,
@@ -200,6 +210,7 @@ class HiFT(Policy):
     order: Order = "ascending"
     groups: int = 1
     seed: int = 0
+    live_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.groups < 1:
@@ -219,7 +230,8 @@ class HiFT(Policy):
         turn = _turn(event, self.every)
         names = self.block(groups, turn)
         why = f"hift: {', '.join(names) or 'nothing'} and the head train in turn {turn + 1}"
-        return _training(groups, names, why, release=False), state
+        plan = _training(groups, names, why, release=False, live_norm=self.live_norm)
+        return plan, state
 
     def block(self, groups: LayerGroups, turn: int) -> list[str]:
         """The groups of a turn."""
@@ -230,10 +242,15 @@ class HiFT(Policy):
 
 
 def _training(
-    groups: LayerGroups, names: Sequence[str], reason: str, *, release: bool
+    groups: LayerGroups, names: Sequence[str], reason: str, *, release: bool, live_norm: bool
 ) -> FreezePlan:
-    frozen = groups.backbone.difference(names)
-    return FreezePlan(frozen=frozen, released=frozen if release else frozenset(), reason=reason)
+    frozen, none = groups.backbone.difference(names), frozenset[str]()
+    return FreezePlan(
+        frozen=frozen,
+        live_norm=frozen if live_norm else none,
+        released=frozen if release else none,
+        reason=reason,
+    )
 
 
 def _turn(event: Event, every: Duration) -> int:
