@@ -440,6 +440,9 @@ class Every(_Around):
         return plan, {"asked": turn, "plan": kept_text(plan), "inner": inner}
 
 
+_NOT_WORTH_IT = "cost-veto: freezing would save less than the change of plan costs"
+
+
 @dataclass(frozen=True, slots=True)
 class CostVeto(_Around):
     """Refuse freezing that saves less over the rest of the run than it costs to switch.
@@ -470,7 +473,7 @@ class CostVeto(_Around):
         if self._pays(groups, now, wanted, event):
             plan = wanted
         else:
-            plan = _with_phase_of(wanted, now, now.reason)
+            plan = _with_phase_of(wanted, now, now.reason or _NOT_WORTH_IT)
         return plan, {"plan": kept_text(plan), "inner": inner}
 
     def _pays(self, groups: LayerGroups, now: FreezePlan, wanted: FreezePlan, event: Event) -> bool:

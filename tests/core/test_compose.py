@@ -281,6 +281,12 @@ def test_cost_veto_refuses_what_cannot_pay_back() -> None:
     assert frozen(CostVeto(late, switch_cost_s=2.0), 89, 90) == [0, 0]
 
 
+def test_a_freeze_vetoed_from_the_start_says_so() -> None:
+    (plan,) = run(CostVeto(LinearProbe(), switch_cost_s=1e9), [at(0)])
+    assert not plan.frozen
+    assert "cost-veto" in plan.reason
+
+
 def test_cost_veto_never_blocks_unfreezing() -> None:
     policy = CostVeto(Then(LinearProbe(), D("10st"), Full()), switch_cost_s=1.0)
     assert frozen(policy, 0, 10) == [4, 0]
