@@ -61,11 +61,11 @@ def read_policy(text: str, find: Callable[[str], type[Policy]]) -> Policy:
     """
     reader = _Reader(text, find)
     if len(text) > MAX_LENGTH:
-        raise reader.unreadable(f"{len(text):,} characters, more than {MAX_LENGTH:,}")
+        raise reader.unreadable(f"{len(text):,} characters", f"at most {MAX_LENGTH:,}")
     try:
         return reader.policy()
     except RecursionError:
-        raise reader.unreadable("parts nested too deeply") from None
+        raise reader.unreadable("parts nested too deeply", "fewer parentheses") from None
 
 
 def write_policy(policy: Policy, name_of: Callable[[type[Policy]], str | None]) -> str | None:
@@ -198,7 +198,9 @@ class _Reader:
     def policy(self, *, nested: bool = False) -> Policy:
         """The policy from here to the end, or to the closing parenthesis if it is nested."""
         if self.depth > MAX_DEPTH:
-            raise self.unreadable(f"policies nested more than {MAX_DEPTH} deep")
+            raise self.unreadable(
+                f"policies nested more than {MAX_DEPTH} deep", "fewer policies within policies"
+            )
         start = self.at
         # A name at the outside runs to the colon: what is no name is shown whole.
         name = self._match(_NAME) if nested else self._match(re.compile(r"[^:]*"))
@@ -323,7 +325,7 @@ class _Reader:
             "close it, or put a value that holds a lone one into single quotes",
         )
 
-    def unreadable(self, found: str, fix: str = "") -> PolicyError:
+    def unreadable(self, found: str, fix: str) -> PolicyError:
         """The error for a form that cannot be read."""
         return PolicyError(f"read the policy {_clipped(self.text)!r}", found=found, fix=fix)
 
