@@ -44,7 +44,8 @@ def page() -> str:
 
 
 def _row(of: Card) -> str:
-    reads = ", ".join(f"`{text.partition(' ')[0]}`" for text in of.reads) or "-"
+    signals = dict.fromkeys(text.partition(" ")[0] for text in of.reads)
+    reads = ", ".join(f"`{signal}`" for signal in signals) or "-"
     price = _cell(of.notice) or "-"
     return f"| [`{of.name}`]({of.name}.md) | {_cell(of.summary)} | {reads} | {price} |"
 
