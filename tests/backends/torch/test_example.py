@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from frostline.backends.torch.example import Example, example_batch
+from frostline.backends.torch.grouping import layer_groups
+from frostline.backends.torch.measure import measure_costs
 from frostline.backends.torch.tracing import leave_untouched, run_model
 from frostline.errors import ModelError
 from torch_cases import Backwards, Meddler, Tied, Towers, picture
@@ -132,3 +135,16 @@ def test_running_changes_neither_the_batch_nor_the_model() -> None:
         random.random()
     assert torch.equal(batch, torch.ones(2, 4))
     assert picture(model) == before
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 4), {"input": torch.zeros(2, 4)}])
+def test_a_tensor_or_keyword_arguments_serve_as_an_example(batch: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    groups = layer_groups(model, batch)
+    assert groups.names == layer_groups(model, Example((torch.zeros(2, 4),))).names
+    assert measure_costs(model, groups, batch).measured
+
+
+def test_what_is_no_batch_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"a list[\s\S]*keyword arguments by name"):
+        layer_groups(nn.Linear(4, 2), [torch.zeros(2, 4)])  # type: ignore[arg-type]

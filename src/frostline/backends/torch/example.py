@@ -46,6 +46,29 @@ class Example:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, batch: Example | Tensor | Mapping[str, Any]) -> Example:
+        """An example from what people have at hand: one tensor, or keyword arguments by name.
+
+        Raises:
+            ModelError: anything else.
+
+        Example:
+            >>> Example.of(torch.zeros(2, 4)).args[0].shape
+            torch.Size([2, 4])
+        """
+        if isinstance(batch, Example):
+            return batch
+        if isinstance(batch, Tensor):
+            return cls((batch,))
+        if isinstance(batch, Mapping):
+            return cls(kwargs=batch)
+        raise ModelError(
+            "run the model on an example",
+            found=f"a {type(batch).__name__}",
+            fix="a tensor, keyword arguments by name, or Example(args=(...), kwargs={...})",
+        )
+
 
 def example_batch(model: nn.Module, *, batch_size: int = 2) -> Example:
     """Make up a batch that `model` can run on; values are random, shapes are the model's own.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ _NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 def layer_groups(
     model: nn.Module,
-    example: Example | None = None,
+    example: Example | Tensor | Mapping[str, Any] | None = None,
     *,
     boundaries: Sequence[str] | None = None,
     head: str | None = None,
@@ -48,13 +48,15 @@ def layer_groups(
 
     Args:
         model: any module with parameters.
-        example: the batch to run; None makes one up (see `example_batch`).
+        example: the batch to run: a tensor, keyword arguments by name, or an `Example`; None
+            makes one up (see `example_batch`).
         boundaries: globs of module or parameter names; each outermost match is one group, the
             rest is found automatically between them.
         head: glob of the modules that form the task head.
 
     Raises:
-        ModelError: the model has no parameters, lazy or meta ones, or cannot run the batch.
+        ModelError: the model has no parameters, lazy or meta ones, or cannot run the batch, or
+            the example is no batch.
         SelectorMatchedNothing: a glob matches no module with parameters.
 
     Example:
@@ -69,8 +71,8 @@ def layer_groups(
     check_runnable(model)
     wanted = frozenset().union(*(_matching(model, glob) for glob in boundaries or ()))
     wanted_head = _matching(model, head) if head else frozenset()
-    example = example if example is not None else example_batch(model)
-    trace = trace_model(model, example.args, example.kwargs)
+    batch = Example.of(example) if example is not None else example_batch(model)
+    trace = trace_model(model, batch.args, batch.kwargs)
     units = divide(model, trace, whole=_outermost(wanted), apart=_outermost(wanted_head))
     return _Assembly(model, trace, units, wanted_head).groups()
 

@@ -54,7 +54,7 @@ Seconds = dict[str, float]
 def measure_costs(
     model: nn.Module,
     groups: LayerGroups,
-    example: Example | None = None,
+    example: Example | Tensor | Mapping[str, Any] | None = None,
     *,
     repeats: int = 3,
 ) -> LayerGroups:
@@ -79,11 +79,12 @@ def measure_costs(
         True
     """
     check_runnable(model)
-    example = example if example is not None else example_batch(model, batch_size=BATCH_SIZE)
+    if example is None:
+        example = example_batch(model, batch_size=BATCH_SIZE)
     with leave_untouched(model) as keep, uncompiled():
         for parameter in model.parameters():
             keep(parameter)
-        bench = _Bench(model, groups, example, _clock_of(model))
+        bench = _Bench(model, groups, Example.of(example), _clock_of(model))
         bench.settle_mode()
         sizes = bench.activation_bytes()
         forward, full, through = bench.training_times(max(1, repeats))
