@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from backends.torch.helpers import batch, bits, groups_of, model_bits
 from contract.test_policies import ALL, COMBINED
@@ -23,8 +24,10 @@ from frostline.backends.torch.trees import pack, unpack
 from frostline.driver import Driver
 from frostline.errors import PolicyError, SelectorMatchedNothing
 from frostline.groups import GroupCost, LayerGroups
-from frostline.policy import Policy
+from frostline.plan import FreezePlan
+from frostline.policy import Event, Policy, State
 from frostline.registry import make_policy
+from frostline.signals import Need
 from numpy_case import NumpyCase
 
 STEPS, PER_EPOCH = 18, 6
@@ -124,18 +127,19 @@ def costed(groups: LayerGroups) -> LayerGroups:
 
 @dataclass(slots=True)
 class TorchRun:
-    """`Blocks` under AdamW."""
+    """`Blocks` under AdamW, or another optimizer."""
 
     policy: Policy
+    kind: Callable[..., Optimizer] = AdamW
     model: Blocks = field(init=False)
-    optimizer: AdamW = field(init=False)
+    optimizer: Optimizer = field(init=False)
     driver: Driver = field(init=False)
 
     def __post_init__(self) -> None:
         self.model = Blocks()
         groups = costed(groups_of(self.model, GROUPS))
         rates = parameter_groups(self.model, groups, lr=0.02, weight_decay=0.01)
-        self.optimizer = AdamW(rates)
+        self.optimizer = self.kind(rates)
         self.driver = torch_driver(
             self.model,
             self.optimizer,
@@ -192,6 +196,61 @@ def test_a_policy_on_torch_interrupted_equals_uninterrupted(
         return new
 
     check_interrupted(make, resume)
+
+
+@dataclass(frozen=True)
+class Recorded(Policy):
+    """Notes every plan of a policy."""
+
+    policy: Policy
+    plans: list[FreezePlan] = field(default_factory=list)
+
+    def needs(self) -> tuple[Need, ...]:
+        return self.policy.needs()
+
+    def init(self, groups: LayerGroups) -> State:
+        return self.policy.init(groups)
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        plan, state = self.policy.decide(groups, state, event)
+        self.plans.append(plan)
+        return plan, state
+
+
+@dataclass(frozen=True)
+class Replayed(Policy):
+    """Answers with these plans in turn, and reads nothing."""
+
+    plans: Sequence[FreezePlan]
+
+    def init(self, groups: LayerGroups) -> State:
+        return {"next": 0}
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        return self.plans[state["next"]], {"next": state["next"] + 1}
+
+
+READING = [p for p in POLICIES if make_policy(p.values[0]).needs()]
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize(
+    "kind", [AdamW, partial(SGD, momentum=0.9, nesterov=True)], ids=["adamw", "sgd"]
+)
+@pytest.mark.parametrize("policy", READING)
+def test_a_policy_that_reads_trains_like_its_plans_alone(
+    policy: str | Policy, kind: Callable[..., Optimizer]
+) -> None:
+    """Signals change nothing: weights, statistics, optimizer and random streams are the same."""
+    torch.manual_seed(1)
+    reading = Recorded(make_policy(policy))
+    run = TorchRun(reading, kind)
+    train(run, STEPS)
+    torch.manual_seed(1)
+    blind = TorchRun(Replayed(reading.plans), kind)
+    train(blind, STEPS)
+    assert run.evidence() == blind.evidence()
+    assert run.driver.finish().to_json() == blind.driver.finish().to_json()
 
 
 # -- NumPy -----------------------------------------------------------------------------------
