@@ -80,12 +80,14 @@ def test_a_whole_sequence_worked_by_hand() -> None:
         ("step", 1, {}, {"head"}, 0),
         ("evaluated", 2, {"val_loss": 1.0}, {"head"}, 0),
         ("step", 2, {}, {"head"}, 0),
-        ("step", 3, {}, {"block2", "head"}, 1),  # three steps are over
-        ("evaluated", 4, {"val_loss": 3.0}, {"block2", "head"}, 1),  # the best of this phase
-        ("evaluated", 6, {"val_loss": 3.0}, {"block2", "head"}, 1),  # equal is not better
-        ("step", 6, {}, {"block2", "head"}, 1),
-        ("evaluated", 8, {"val_loss": math.nan}, {"block0", "block2", "head"}, 2),
-        ("evaluated", 10, {"val_loss": 9.0}, {"block0", "block2", "head"}, 2),
+        ("step", 3, {}, {"head"}, 0),  # three steps are over, but it goes back to its best
+        ("evaluated", 4, {"val_loss": 3.0}, {"block2", "head"}, 1),
+        ("step", 4, {}, {"block2", "head"}, 1),
+        ("evaluated", 6, {"val_loss": 3.0}, {"block2", "head"}, 1),  # the best of this phase
+        ("evaluated", 8, {"val_loss": 3.0}, {"block2", "head"}, 1),  # equal is not better
+        ("step", 8, {}, {"block2", "head"}, 1),
+        ("evaluated", 10, {"val_loss": math.nan}, {"block0", "block2", "head"}, 2),
+        ("evaluated", 12, {"val_loss": 9.0}, {"block0", "block2", "head"}, 2),
         ("step", 15, {}, {"block0", "block2", "head"}, 2),
         ("step", 16, {}, set(GROUPS.names), 3),  # 80 % of 20
         ("evaluated", 16, {"val_accuracy": 0.5}, set(GROUPS.names), 3),
@@ -338,6 +340,23 @@ def test_training_goes_on_from_the_best_weights_with_a_fresh_optimizer() -> None
     assert ("layer0.weight", 0, 16) in spans  # frozen in the first phase only
     assert ("layer1.weight", 0, 24) in spans  # held over the change, with the same bits
     assert ("head.weight", 16, 24) in spans
+
+
+def test_a_phase_goes_back_to_no_weights_older_than_its_end() -> None:
+    """Between two evaluations, a return to the best would throw away what was learned since."""
+    case = NumpyCase()
+    phase = Phase("last 2 groups", length=D("6st"), restore_best=True)
+    driver = driven(case, Phases(PhaseList((phase, Phase("all")))))
+    one_epoch(case, driver, 1.0)
+    one_epoch(case, driver, 0.5)  # six steps were over in the middle of this epoch
+    assert (driver.plan.phase, driver.progress.step) == (1, 8)
+    short = driven(NumpyCase(), Phases(PhaseList((replace(phase, length=D("2st")), Phase("all")))))
+    with short.step():
+        pass
+    with short.step():
+        pass
+    with short.step() as plan:
+        assert plan.phase == 1  # never evaluated: there is nothing to go back to
 
 
 def test_no_momentum_of_an_earlier_phase_is_left_when_its_end_saw_no_evaluation() -> None:

@@ -52,7 +52,11 @@ def ends_its_phase(policy: Policy, groups: LayerGroups, plan: FreezePlan) -> boo
 
 @dataclass(frozen=True, slots=True)
 class _Phased(Policy):
-    """Goes through a list of phases. When the last one has ended, the plan says `done`."""
+    """Goes through a list of phases. When the last one has ended, the plan says `done`.
+
+    A phase that goes back to its best weights and was evaluated ends at an evaluation: the first
+    one at or after its length.
+    """
 
     @abc.abstractmethod
     def phases(self, groups: LayerGroups) -> Sequence[Phase]:
@@ -77,10 +81,17 @@ class _Phased(Policy):
                 phase.end(0, event.progress)  # raises now if a length cannot be resolved
             state = self._enter(groups, 0, 0, event.progress, "")
         elif event.kind is EventKind.EVALUATED and not state["done"]:
-            state = self._judge(groups, state, event)
+            state = self._judge(groups, state | {"measured": True}, event)
         while state["end"] is not None and step >= state["end"]:
             # The boundary itself, not the step of the first event past it.
-            state = self._next(groups, state, state["end"], event.progress, "its time is over")
+            since = state["end"]
+            if state["measured"] and self.phases(groups)[state["phase"]].restore_best:
+                # Its best weights are those of an evaluation: to end between two of them would
+                # throw away what was learned since the last one.
+                if event.kind is not EventKind.EVALUATED:
+                    break
+                since = step
+            state = self._next(groups, state, since, event.progress, "its time is over")
         return FreezePlan.from_json(state["plan"]), state
 
     def _judge(self, groups: LayerGroups, state: State, event: Event) -> State:
@@ -120,6 +131,7 @@ class _Phased(Policy):
             "end": None if done else phases[number].end(since, progress),
             "best": None,
             "bad": 0,
+            "measured": False,
             "done": done,
             "plan": plan.to_json(),
         }
@@ -179,8 +191,8 @@ class ChainThaw(_Phased):
         metric: what is to improve. Their `val_loss`.
         mode: "min" if smaller is better, "max" if larger is.
         min_delta: improvements must be larger than this, >= 0; their 0.
-        length: longest duration of a phase, so that a short run gets through all of them; None,
-            as in their code, leaves it to the metric.
+        length: longest duration of a phase, up to the next evaluation, so that a short run gets
+            through all of them; None, as in their code, leaves it to the metric.
         head_lr: factor on the learning rate in the first phase, > 0. They trained the new layer at
             1e-3 and all later phases at 1e-4, a factor of 10; ours is 1, because `fit` gives the
             head ten times the rate already (`head_lr`).
@@ -246,7 +258,7 @@ class LpFt(_Phased):
         metric: what is to improve.
         mode: "min" if smaller is better, "max" if larger is.
         restore_best: start the second stage from the best head, with a fresh optimizer, as two
-            trainings one after the other would. On; ours.
+            trainings one after the other would; it then starts at an evaluation. On; ours.
         lr: factor on the learning rate of the second stage, > 0; ours: 1. The paper tried six
             rates for each stage.
 
