@@ -620,3 +620,34 @@ def test_a_tensor_of_a_device_that_is_not_here_comes_to_main_memory() -> None:
     place = {"!": "tensor", "name": "t", "device": "cuda:97"}
     assert unpack(place, {"t": torch.ones(2)}).device.type == "cpu"
     assert "device" not in pack(torch.ones(1), "t", {})
+
+
+class Unbuildable(SGD):
+    """Takes an argument that it does not keep among its defaults."""
+
+    def __init__(self, params: Any, lr: float, odd: int) -> None:
+        super().__init__(params, lr=lr, momentum=0.9 + 0 * odd)
+
+
+def test_an_optimizer_that_cannot_start_afresh_is_refused_before_a_phase_and_any_write() -> None:
+    model = Net()
+    groups = groups_of(model)
+    backend = TorchBackend(model, Unbuildable(model.parameters(), 0.1, 1), groups=groups)
+    with pytest.raises(BackendError, match="restore_best=false"):
+        backend.apply(FreezePlan(keep_best="min val_loss"))
+    before = model_bits(model)
+    with pytest.raises(BackendError, match="restore_best=false"):
+        backend.load_weights({n: t + 1 for n, t in backend.weights().items()})
+    assert model_bits(model) == before
+
+
+def test_loading_weights_leaves_what_an_optimizer_knows_of_other_models() -> None:
+    model, other = Net(), nn.Linear(2, 2)
+    optimizer = SGD([*model.parameters(), *other.parameters()], lr=0.1, momentum=0.9)
+    backend = TorchBackend(model, optimizer, groups=groups_of(model))
+    backend.apply(FreezePlan())
+    (model(batch(0)[0]).sum() + other(torch.ones(1, 2)).sum()).backward()
+    optimizer.step()
+    backend.load_weights(backend.weights())
+    assert not any(optimizer.state.get(p) for p in model.parameters())
+    assert all(optimizer.state[p] for p in other.parameters())

@@ -171,7 +171,7 @@ class TorchBackend:
         table = TensorTable(self._root)
         return sha256_of_tensors({name: table[name] for name in names})
 
-    def probe(self, loss: float | None = None) -> TorchProbe:
+    def probe(self, loss: float | Tensor | None = None) -> TorchProbe:
         """A side-effect-free view for signals; `loss` is what `TorchProbe.loss` answers."""
         rates = self._guard.rates if self._guard is not None else list
         return TorchProbe(self._parameters, self._frozen, self._batch, self._optimizer, rates, loss)
@@ -221,8 +221,11 @@ class TorchBackend:
         """Write all parameters and buffers back; the optimizer forgets what it remembered.
 
         Raises:
-            BackendError: other names or shapes than those of the model; nothing was written.
+            BackendError: other names or shapes than those of the model, or an optimizer that
+                cannot start afresh; nothing was written.
         """
+        if self._optimizer is not None:
+            check_restart(self._optimizer)
         tensors = dict(self._tensors())
         if odd := [
             n for n, t in tensors.items() if n not in weights or weights[n].shape != t.shape
@@ -236,7 +239,7 @@ class TorchBackend:
             for name, tensor in tensors.items():
                 tensor.copy_(weights[name])
         if self._optimizer is not None:
-            self._optimizer.state.clear()
+            release_state(self._optimizer, self._parameters.values())
             restart_state(self._optimizer, self._parameters.values())
 
     def explain(self, plan: FreezePlan, example: Example | None = None) -> str:
@@ -294,7 +297,8 @@ class TorchBackend:
         record_plan(self._root, (self._groups, plan))
 
     def _check_release(self, plan: FreezePlan) -> None:
-        if plan.released and not self._released and self._optimizer is not None:
+        afresh = plan.keep_best or (plan.released and not self._released)
+        if afresh and self._optimizer is not None:
             check_restart(self._optimizer)
 
     def _apply_to_optimizer(self, plan: FreezePlan, scales: Scales) -> None:

@@ -363,6 +363,7 @@ def fresh_state(
         raise BackendError(
             f"restart the state of a {type(optimizer).__name__}",
             found=f"it cannot be built from its own defaults: {error}",
-            fix="use optimizer_state='keep'",
+            fix="use optimizer_state='keep' and a policy that never starts the optimizer afresh "
+            "(restore_best=false)",
         ) from error
     return dict(twin.state.get(parameter, {}))
