@@ -29,6 +29,7 @@ from frostline.errors import (
 from frostline.gauges import Gauges
 from frostline.plan import FreezePlan
 from frostline.policy import Decision, Event, EventKind, Policy, State
+from frostline.signals import Array
 
 __all__ = ["Certificate", "Driver", "Hold"]
 
@@ -36,6 +37,8 @@ _log = logging.getLogger("frostline")
 _STATE_FORMAT = 2
 #: A change of learning rates alone enters the record at most this often in a run.
 _RECORDED_RATES = 100
+#: So many samples in a row without an update are no longer a gradient scaler finding its scale.
+_MISSED_UPDATES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,8 @@ class Driver:
     _holds: list[Hold] = field(init=False, default_factory=list)
     _stage: str = field(init=False, default="new")
     _open: bool = field(init=False, default=False)  # between begin_step and end_step
-    _sampled: bool = field(init=False, default=False)
+    _sampled_at: int = field(init=False, default=-1)  # the step sampled last
+    _missed: int = field(init=False, default=0)  # steps in a row whose update never came
 
     def __post_init__(self) -> None:
         self.progress = Progress(0, self.total_steps, self.steps_per_epoch)
@@ -197,7 +201,7 @@ class Driver:
                 self.progress.step,
                 few(moved),
             )
-        self._open, self._sampled = True, False
+        self._open = True
         if self._gauges.keeps_batch and self.progress.step == 0:
             self.backend.keep_batch()
         if self.plan.frozen and self._gauges.wants_frozen(self.progress.step):
@@ -208,17 +212,19 @@ class Driver:
     @property
     def sampling(self) -> bool:
         """Whether the present step has signals to sample that were not sampled yet."""
-        due = self._open and not self._sampled
+        due = self._open and self._sampled_at != self.progress.step
         return due and bool(self._gauges.due(self.progress.step))
 
-    def sample(self, loss: float | None = None, *, overflow: bool = False) -> None:
+    def sample(self, loss: float | Array | None = None, *, overflow: bool = False) -> None:
         """Between backward and `optimizer.step()`: sample the signals that are due.
 
         Needed only for policies that read signals; `torch_driver` does it by itself, just before
-        the update. Further calls in a step do nothing. Under a gradient scaler, unscale first.
+        the update. Further calls in a step do nothing, also when the step failed and is tried
+        again. Under a gradient scaler, unscale first.
 
         Args:
-            loss: the training loss of this step, for policies that read it.
+            loss: the training loss of this step, for policies that read it: a number, or what
+                the framework has for one.
             overflow: the gradients are not finite and the update will be skipped (mixed
                 precision): nothing is gathered in this step.
         """
@@ -228,7 +234,7 @@ class Driver:
             probe = self.backend.probe(loss)
             self._gauges.sample(self.progress.step, probe, self.backend.groups, gather=not overflow)
             self.backend.narrow()
-        self._sampled = True
+        self._sampled_at, self._missed = self.progress.step, 0
 
     def end_step(self) -> None:
         """After `optimizer.step()`: count the update and look for writes to frozen tensors.
@@ -238,7 +244,7 @@ class Driver:
             PolicyError: the policy's signals were due and never sampled.
         """
         if self.sampling and self.automatic:
-            self.sample(overflow=True)
+            self._miss()
         if self.sampling:
             due = self._gauges.due(self.progress.step)
             raise PolicyError(
@@ -288,6 +294,7 @@ class Driver:
             "format": _STATE_FORMAT,
             "policy": repr(self.policy),
             "step": self.progress.step,
+            "sampled_at": self._sampled_at,
             "stage": self._stage,
             "plan": self.plan.to_json(),
             "policy_state": self._state,
@@ -324,7 +331,7 @@ class Driver:
         self.progress = Progress(state["step"], self.total_steps, self.steps_per_epoch)
         self.plan = FreezePlan.from_json(state["plan"])
         self.decisions = [Decision.from_json(d) for d in state["decisions"]]
-        self._stage = state["stage"]
+        self._stage, self._sampled_at = state["stage"], state["sampled_at"]
         self._state = state["policy_state"]
         self._gauges.restore(state["gauges"], self.backend.groups)
         self._best = state["best"]
@@ -370,9 +377,7 @@ class Driver:
         held = plan.held_tensors(self.backend.groups) if self.prove else frozenset()
         self._release([name for name in self._held if name not in held])
         if plan.phase != self.plan.phase and self._best is not None:
-            self._verify(list(self._held))  # what is written back now must not hide a change
-            with self.costs.charge("apply_s"):
-                self.backend.load_weights(self._best["weights"])
+            self._go_back(self._best["weights"])
             self._best = None
         with self.costs.charge("apply_s"):
             self.backend.apply(plan)
@@ -417,8 +422,34 @@ class Driver:
             with self.costs.charge("apply_s"):
                 self._best = {"value": value, "weights": dict(self.backend.weights())}
 
+    def _miss(self) -> None:
+        """Sample a step in which no update came: a gradient scaler skipped it, or a mistake."""
+        missed = self._missed + 1
+        self.sample(overflow=True)
+        self._missed = missed
+        if missed == _MISSED_UPDATES:
+            _log.warning(
+                "step %d: in the last %d steps that were to be sampled, the optimizer of this "
+                "driver made no update, so the policy reads nothing. One step of the driver is "
+                "one update of the optimizer it was given, not one micro-batch",
+                self.progress.step,
+                missed,
+            )
+
+    def _go_back(self, weights: Mapping[str, Any]) -> None:
+        """Write kept weights back; spans of tensors frozen later than those end here."""
+        self._verify(list(self._held))  # what is written back now must not hide a change
+        with self.costs.charge("apply_s"):
+            self.backend.load_weights(weights)
+        with self.costs.charge("digest_s"):
+            now = self.backend.fingerprint(list(self._held))
+        self._end_spans([name for name, (sha256, _) in self._held.items() if now[name] != sha256])
+
     def _release(self, names: list[str]) -> None:
         self._verify(names)
+        self._end_spans(names)
+
+    def _end_spans(self, names: list[str]) -> None:
         for name in sorted(names):
             sha256, since = self._held.pop(name)
             self._holds.append(Hold(name, sha256, since, self.progress.step))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -372,3 +373,76 @@ def test_costs_name_each_signal() -> None:
     driver = driver_for(case, Quiet())
     train(case, driver, 3)
     assert 0 < driver.costs.signal_s["gradient_norm"] <= driver.costs.signals_s
+
+
+@dataclass(frozen=True, slots=True)
+class Planned(Policy):
+    """Plans by the step from which they hold."""
+
+    plans: tuple[tuple[int, FreezePlan], ...]
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        return [plan for step, plan in self.plans if step <= event.progress.step][-1], state
+
+
+def test_best_weights_older_than_a_freeze_are_written_back() -> None:
+    """A group that was frozen after the best evaluation goes back, too; its proof has two spans."""
+    frozen = frozenset({"layer0"})
+    plans = (
+        (0, FreezePlan(keep_best="min loss")),
+        (4, FreezePlan(frozen, keep_best="min loss")),
+        (6, FreezePlan(frozen, phase=1)),
+    )
+    case = NumpyCase()
+    driver = driver_for(case, Planned(plans))
+    kept = {}
+    for step in range(1, 8):
+        with driver.step():
+            case.backward()
+            case.update()
+        if step in (2, 6):
+            kept[step] = case.net.parameters["layer0.weight"].copy()
+            driver.evaluated({"loss": step})
+    assert np.array_equal(case.net.parameters["layer0.weight"], kept[2])
+    assert not np.array_equal(kept[6], kept[2])
+    spans = [h for h in driver.finish().holds if h.tensor == "layer0.weight"]
+    assert [(h.from_step, h.to_step) for h in spans] == [(4, 6), (6, 7)]
+    assert spans[0].sha256 != spans[1].sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Sums(Policy):
+    """Reads what counts each sample: a sum, and a product of two steps."""
+
+    def needs(self) -> tuple[Need, ...]:
+        every = Duration.parse("3st")
+        return Need("summed_gradient_norm", every, None), Need("update_importance", every, 2)
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        del groups, event
+        return FreezePlan(), state
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_step_that_fails_after_it_was_sampled_counts_once(*, resumed: bool) -> None:
+    read = []
+    for fails in (False, True):
+        case = NumpyCase()
+        driver = driver_for(case, Sums())
+        for _ in range(3):
+            with pytest.raises(ArithmeticError) if fails else nullcontext(), driver.step():
+                case.backward()
+                driver.sample()
+                if fails:
+                    raise ArithmeticError
+                case.update()
+            if fails and resumed:
+                state, driver = driver.state(), driver_for(case, Sums())
+                driver.restore(state)
+            if fails:  # once more, with the same gradients
+                with driver.step():
+                    driver.sample()
+                    case.update()
+        read.append(driver.state()["gauges"]["values"])
+    assert read[1] == read[0]
+    assert read[0]["update_importance"]

@@ -151,6 +151,20 @@ def test_a_loss_that_nobody_gave_is_asked_for() -> None:
         loop.step()
 
 
+def test_a_loss_may_be_given_as_a_tensor_of_the_graph() -> None:
+    loop = Loop(Reads("loss"))
+    for step in range(2):
+        with loop.driver.step():
+            x, y = batch(step)
+            loss = nn.functional.cross_entropy(loop.model(x), y)
+            loss.backward()
+            loop.driver.sample(loss=loss)
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+    assert loop.seen[-1] is not None
+    assert isinstance(loop.seen[-1], float)
+
+
 def test_updates_outside_a_step_and_after_the_end_are_left_alone() -> None:
     loop = Loop(Reads())
     loop.step()
@@ -278,3 +292,16 @@ def test_only_a_driver_that_samples_by_itself_takes_a_missing_sample_for_a_skipp
     own = Driver(Reads(), loop.driver.backend)
     with pytest.raises(PolicyError, match=r"call driver\.sample\(\)"), own.step():
         loop.backward()
+
+
+def test_updates_of_another_optimizer_are_missed_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop(Reads())
+    other = SGD(loop.model.parameters(), lr=0.1)
+    for step in range(24):
+        with loop.driver.step():
+            loop.backward()
+            other.step()
+            other.zero_grad()
+        assert ("made no update" in caplog.text) == (step >= 9)
+    assert caplog.text.count("made no update") == 1
+    assert set(loop.seen) == {None}

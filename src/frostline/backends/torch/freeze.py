@@ -214,9 +214,8 @@ def _sampler(driver: Driver) -> Sample:
 
     def sample(loss: Any, *, overflow: bool) -> None:
         driver = known()
-        if driver is not None and driver.sampling:
-            value = loss.detach() if isinstance(loss, Tensor) else loss
-            driver.sample(None if value is None else float(value), overflow=overflow)
+        if driver is not None:
+            driver.sample(loss, overflow=overflow)
 
     return sample
 

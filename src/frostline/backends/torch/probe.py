@@ -41,7 +41,7 @@ class TorchProbe:
         batch: ProbeBatch,
         optimizer: Optimizer | None = None,
         rates: Callable[[], list[Any]] = list,
-        loss: float | None = None,
+        loss: float | Tensor | None = None,
     ) -> None:
         self._parameters = parameters
         self._frozen = frozen
@@ -113,7 +113,7 @@ class TorchProbe:
                 found="a step that was sampled without it",
                 fix="call driver.sample(loss=...) between backward() and optimizer.step()",
             )
-        return self._loss
+        return float(self._loss.detach() if isinstance(self._loss, Tensor) else self._loss)
 
     def activations(self, unit: LayerGroup, *, int8: bool = False) -> Tensor:
         """What the unit puts out for the probe batch; one forward pass serves all units."""
