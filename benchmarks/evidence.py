@@ -157,7 +157,7 @@ class Run:
     """Trains one arm and counts what it costs."""
 
     def __init__(self, case: Case, job: Job, costs: Costs) -> None:
-        own_rates = job.spec.partition(":")[0] in OWN_RATES
+        own_rates = str(job.spec).partition(":")[0] in OWN_RATES
         self.case, self.job = case, job
         self.config = settings(job.epochs, own_rates=own_rates)
         self.batching = Batching(len(case.train[1]), self.config.batch_size)

@@ -114,3 +114,11 @@ def test_the_grid_has_controls_per_seed_and_placebos_of_what_reads_signals() -> 
     assert len(grid) == len(set(grid)) == 2 * (1 + 10 + 9 + 2 + 1)
     assert [j.arm for j in grid if j.spec == "apf" and j.seed == 1] == ["policy", "placebo"]
     assert grid[0].arm == "full"
+
+
+def test_a_policy_with_rates_of_its_own_starts_from_a_constant_one() -> None:
+    """Else its schedule would be multiplied with another, and the comparison be unfair to it."""
+    assert evidence.settings(2).schedule == "cosine"
+    own = evidence.settings(2, own_rates=True)
+    assert (own.schedule, own.warmup) == ("constant", "0st")
+    assert evidence.settings(2).lr == own.lr
