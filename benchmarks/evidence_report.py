@@ -270,8 +270,8 @@ def setting(seeds: Sequence[int], epochs: int) -> str:
     return (
         "ResNet-20 pretrained on CIFAR-10, fine-tuned on caltech20 (20 classes, 800 pictures of "
         f"32 pixels) for {epochs} epochs with the defaults of `frostline fit`, "
-        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, tested on 560 pictures; no learning rate "
-        "was searched for any arm"
+        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, tested on 560 pictures; "
+        "no learning rate was searched for any arm"
     )
 
 
