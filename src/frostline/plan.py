@@ -60,6 +60,18 @@ class FreezePlan:
     def __post_init__(self) -> None:
         # Normal form: what says nothing is left out, so that equal plans compare equal.
         put = object.__setattr__
+        if isinstance(self.frozen, str):  # a set of its letters otherwise
+            raise PlanError(
+                f"freeze {self.frozen!r}",
+                found="text where a set of group names belongs",
+                fix=f"frozen=frozenset({{{self.frozen!r}}}), or FreezePlan.freezing",
+            )
+        if not isinstance(self.phase, int) or self.phase < 0:
+            raise PlanError(
+                f"be in phase {self.phase!r}",
+                found="no whole number of 0 or more",
+                fix="phase=0 in the first phase, one more in each that follows",
+            )
         put(self, "frozen", frozenset(self.frozen))
         exempt = {g: frozenset(p) for g, p in self.exempt.items() if p and g in self.frozen}
         put(self, "exempt", MappingProxyType(exempt))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -135,3 +136,17 @@ def test_summary_says_what_is_frozen() -> None:
         "backward stops at depth 2"
     )
     assert FreezePlan().summary(GROUPS) == "frozen 0 of 5 groups: all 392 parameters train"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"frozen": "stem"}, "text where a set"),
+        ({"phase": -1}, "0 or more"),
+        ({"phase": 1.5}, "0 or more"),
+        ({"keep_best": "val_loss"}, "min METRIC"),
+    ],
+)
+def test_slips_in_a_plan_are_named(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        FreezePlan(**fields)
