@@ -74,11 +74,11 @@ def outcome(run: Run) -> list[Any]:
 
 
 def check_interrupted(make: Callable[[], Run], resume: Callable[[Any], Run]) -> None:
-    """Stop in mid-interval and, with a batch to remember, right after the first step."""
+    """Stop in mid-interval: between the two widened steps of intervals of 5 and of 3."""
     whole = make()
     train(whole, STEPS)
     expected, run = outcome(whole), make()
-    for stop in (1, 8):
+    for stop in (4, 8):
         train(run, stop)
         run = resume(run)
     train(run, STEPS)
