@@ -111,6 +111,11 @@ def test_killed_at_random_moments(tmp_path: Path, straight: dict[str, Any], seed
         {"workers": 2},
         {"data": "tiny_task:noise_data", "patience": 1, "epochs": 6},
         {"checkpoint_every": "1ep", "schedule": "constant", "clip_norm": None},
+        {"policy": "autofreeze:every=3st"},
+        {"policy": "egeria:every=2st,tolerance=2,window=2"},
+        {"policy": "slimfit:every=2st", "optimizer_state": "keep"},
+        {"policy": "apf:every=1st,threshold=1", "checkpoint_every": "1st"},
+        {"policy": "lp-ft:probe=1ep"},
     ],
     ids="-".join,
 )
