@@ -254,6 +254,7 @@ class Driver:
             )
         self._open = False
         self.progress = Progress(self.progress.step + 1, self.total_steps, self.steps_per_epoch)
+        self._gauges.forget(self.progress.step)
         if self.prove and (suspects := self.backend.written()):
             self._verify([name for name in suspects if name in self._held])
 

@@ -141,6 +141,12 @@ class Gauges:
             if gauge.begins(step) or gauge.gathers(step):
                 self._sample(gauge, step, probe, groups, gather=gather)
 
+    def forget(self, step: int) -> None:
+        """Drop what requests remember whose time is over: it may be copies of all weights."""
+        for gauge in self._gauges:
+            if gauge.end is not None and step >= gauge.end:
+                gauge.memory.clear()
+
     def _sample(
         self, gauge: _Gauge, step: int, probe: Probe, groups: LayerGroups, *, gather: bool
     ) -> None:

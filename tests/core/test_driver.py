@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frostline.clock import Duration
-from frostline.compose import Guard, Union
+from frostline.compose import Guard, Then, Union
 from frostline.driver import Driver
 from frostline.errors import (
     BackendError,
@@ -24,6 +24,7 @@ from frostline.errors import (
 )
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
+from frostline.policies.perturbation import APF
 from frostline.policies.scheduled import Gradual
 from frostline.policies.static import Freeze, Full, LinearProbe
 from frostline.policy import Decision, Event, Policy, State
@@ -446,3 +447,12 @@ def test_a_step_that_fails_after_it_was_sampled_counts_once(*, resumed: bool) ->
         read.append(driver.state()["gauges"]["values"])
     assert read[1] == read[0]
     assert read[0]["update_importance"]
+
+
+def test_signals_of_a_phase_that_is_over_are_forgotten() -> None:
+    case = NumpyCase()
+    driver = driver_for(case, Then(APF(every=EVERY_TWO), Duration.parse("5st"), Full()))
+    train(case, driver, 4)
+    assert any(driver.state()["gauges"]["memory"])
+    train(case, driver, 6)
+    assert not any(driver.state()["gauges"]["memory"])

@@ -309,3 +309,16 @@ def test_a_window_in_steps_has_a_clock_of_what_is_left() -> None:
     assert window((), Progress(7, 100, 10)) == (0, Progress(0, 100, 10))
     lengths = (EVERY("2ep"), EVERY("50%"))
     assert window(lengths, Progress(7, 100, 10)) == (60, Progress(0, 40, 10))
+
+
+def test_what_a_closed_window_remembered_is_dropped() -> None:
+    """A driver calls `forget` at every step: copies of all weights must not outlive their use."""
+    need = Need("weight_delta_l1", EVERY("2st"), until=(EVERY("4st"),))
+    gauges = gauges_for(need)
+    for step in range(4):
+        gauges.sample(step, Numbers(float(step)), GROUPS)
+        gauges.forget(step)
+    assert gauges.state()["memory"][0]["g0"]
+    gauges.forget(4)
+    assert not any(gauges.state()["memory"])
+    assert gauges.values["weight_delta_l1"]  # the last reading stays

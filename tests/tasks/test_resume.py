@@ -266,16 +266,16 @@ def test_a_run_goes_through_its_phases_and_ends_with_them(phased):
     _, bits = phased
     decisions = bits["state"]["parts"]["driver"]["decisions"]
     assert [(d["step"], d["plan"].get("phase", 0)) for d in decisions] == [
-        (0, 0), (6, 1), (11, 2), (15, 3)
+        (0, 0), (6, 1), (12, 2), (18, 3)
     ]  # fmt: skip
     summary = bits["summary"]
-    assert (summary["steps"], summary["epochs_run"]) == (15, 5)
+    assert (summary["steps"], summary["epochs_run"]) == (18, 6)
     assert summary["policy_done"]
     assert not summary["stopped_early"]
     assert summary["certificate_ok"]
 
 
-@pytest.mark.parametrize("step", [2, 7, 10, 13, 15])
+@pytest.mark.parametrize("step", [2, 7, 10, 13, 18])
 def test_stopped_in_any_phase_it_goes_on_as_if_nothing_had_happened(tmp_path, phased, step: int):
     """What is kept of a phase, its best weights and its counts, is in the checkpoint."""
     settings, straight = phased

@@ -213,7 +213,7 @@ def test_what_a_policy_has_to_say_is_said_once(tmp_path: Path, monkeypatch, capl
 
 def test_a_run_that_ends_before_its_policy_says_so(tmp_path: Path, caplog):
     frostline.fit(**SETTINGS | {"policy": "chain-thaw"}, output=tmp_path / "run")
-    assert "before its policy did, in phase 1 of 5" in caplog.text
+    assert "before its policy did: phase 1 of 5" in caplog.text
     caplog.clear()
     frostline.fit(**SETTINGS | {"policy": "lp-ft"}, output=tmp_path / "other")
     assert "before its policy" not in caplog.text
