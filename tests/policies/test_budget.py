@@ -500,8 +500,9 @@ def test_options_out_of_range_are_refused(kind: Any, options: dict[str, Any]) ->
 
 
 def test_short_intervals_are_announced() -> None:
-    assert not ALSAR().notice()
-    assert "every 1st" in ALSAR(every=EVERY("1st")).notice()
+    assert "every 1%" in ALSAR().notice()
+    assert "every step" in ALSAR(every=EVERY("1st")).notice()
+    assert "every 34%" in Elastic().notice()
 
 
 def test_alsar_takes_a_gradient_beyond_all_bounds_for_no_weight() -> None:

@@ -468,3 +468,8 @@ def test_grades_says_at_the_start_that_it_needs_the_length_of_the_run() -> None:
     event = Event(EventKind.START, Progress(0, None, 10))
     with pytest.raises(DurationError, match="total_steps is unknown"):
         policy.decide(groups, policy.init(groups), event)
+
+
+def test_grades_says_what_its_readings_cost() -> None:
+    assert "every 1% and keeps a copy" in GradES().notice()
+    assert "copy" not in GradES(measure="gradient").notice()

@@ -335,3 +335,10 @@ def test_published_defaults() -> None:
 def test_options_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match="cannot"):
         kind(**options)
+
+
+def test_what_readings_cost_is_said_at_the_start() -> None:
+    assert "5 steps of a reading, every 1ep" in AutoRGN().notice()
+    assert "5 steps of a reading, every 1ep" in AutoSNR().notice()
+    assert "the first 10 steps: " in FIM().notice()
+    assert "and again every 2ep" in FIM(every=Duration.parse("2ep")).notice()

@@ -338,8 +338,8 @@ def test_slimfit_ignores_what_is_not_finite() -> None:
 
 
 def test_slimfit_says_what_it_costs() -> None:
-    assert "every 1st" in SlimFit().notice()
-    assert APF().notice() == ""
+    assert "every step" in SlimFit().notice()
+    assert "every 1%" in APF().notice()
 
 
 # -- both -------------------------------------------------------------------------------------

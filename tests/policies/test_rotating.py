@@ -373,7 +373,7 @@ def test_published_defaults() -> None:
 def test_frequent_changes_are_announced() -> None:
     assert not LISA().notice()
     assert not BAdam().notice()
-    assert "every 1st" in HiFT().notice()
+    assert "every step" in HiFT().notice()
 
 
 @pytest.mark.parametrize(

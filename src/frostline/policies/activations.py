@@ -17,6 +17,7 @@ from frostline.policies.common import (
     freeze_first,
     freeze_only,
     new_reading,
+    often,
 )
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
@@ -347,6 +348,6 @@ def _of_all(event: Event, signal: str) -> float | None:
 
 def _readings_are_dear(name: str, every: Duration) -> str:
     return (
-        f"{name} runs the model forward over a probe batch every {every}, which shows in short "
+        f"{name} runs the model forward over a probe batch {often(every)}, which shows in short "
         "runs: every= sets how often."
     )

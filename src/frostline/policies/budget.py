@@ -19,6 +19,7 @@ from frostline.policies.common import (
     freeze_first,
     freeze_only,
     new_reading,
+    often,
 )
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
@@ -31,8 +32,6 @@ _IMPORTANCE, _PAIR = "update_importance", 2
 _FISHER, _NORM = "fisher_ema", "gradient_norm"
 #: Of the moving average of the head's squared gradient, by reading.
 _DECAY = 0.9
-#: Intervals of fewer steps than this are worth a word.
-_SHORT = 20
 #: Sums of seconds are rounded in floats; a time that just fits must fit.
 _ROUNDING = 1e-9
 
@@ -87,6 +86,13 @@ class Elastic(Policy):
         first = Duration.parse(f"{_PAIR}st")
         at_once = Need(_IMPORTANCE, first, steps=_PAIR, frozen_too=True, until=(first,))
         return (at_once, replace(at_once, every=self.every, after=(first,), until=None))
+
+    def notice(self) -> str:
+        """That readings are dear."""
+        return (
+            f"elastic runs backward through everything in the two steps of a reading, "
+            f"{often(self.every)}, and works out an update in each: this shows in short runs."
+        )
 
     def init(self, groups: LayerGroups) -> State:
         """Everything trains; raises where costs were never measured."""
@@ -175,11 +181,9 @@ class ALSAR(Policy):
 
     def notice(self) -> str:
         """That frequent decisions are dear."""
-        if self.every.unit != "st" or self.every.value >= _SHORT:
-            return ""
         return (
-            f"al-sar reads gradients and may change what is frozen every {self.every}: each change "
-            "and each reading takes time, and proving it more; every=1% decides less often."
+            f"al-sar reads gradients and may change what is frozen {often(self.every)}: each "
+            "reading and each change takes time, and proving it more; every= sets how often."
         )
 
     def init(self, groups: LayerGroups) -> State:

@@ -26,6 +26,7 @@ __all__ = [
     "input_end",
     "metric",
     "new_reading",
+    "often",
 ]
 
 #: What frameworks call the shift of a normalisation layer, which is a bias.
@@ -154,3 +155,13 @@ def check_options(policy: Policy, bounds: Mapping[str, bool]) -> None:
                 found="a value out of its range",
                 fix="frostline policies NAME says what each option may be",
             )
+
+
+def often(every: Duration) -> str:
+    """An interval in words: "1st" would be read as the first.
+
+    Example:
+        >>> often(Duration.parse("1st")), often(Duration.parse("5%"))
+        ('every step', 'every 5%')
+    """
+    return "every step" if str(every) == "1st" else f"every {every}"

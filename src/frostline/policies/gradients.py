@@ -19,6 +19,7 @@ from frostline.policies.common import (
     freeze_first,
     freeze_parameters,
     new_reading,
+    often,
 )
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
@@ -251,6 +252,14 @@ class GradES(Policy):
     def needs(self) -> tuple[Need, ...]:
         """The reading of every parameter or group."""
         return (Need(f"{self.measure}_l1", self.every, per=self.per),)
+
+    def notice(self) -> str:
+        """That readings are dear."""
+        return (
+            f"grades goes through all gradients {often(self.every)}"
+            + (" and keeps a copy of them" if self.measure == "gradient_change" else "")
+            + ": this shows in short runs, and every= sets how often."
+        )
 
     def init(self, groups: LayerGroups) -> State:
         """Nothing frozen, no reading known; raises where there is no matrix."""

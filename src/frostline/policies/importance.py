@@ -20,6 +20,7 @@ from frostline.policies.common import (
     freeze_only,
     freeze_parameters,
     new_reading,
+    often,
 )
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
@@ -80,6 +81,13 @@ class AutoRGN(Policy):
         """Relative gradient norms; of frozen groups, too, where some are frozen."""
         first, rest = _readings(_RGN, self.steps, self.every, self.per)
         return first, replace(rest, frozen_too=self.mode == "selection")
+
+    def notice(self) -> str:
+        """That readings of frozen groups are dear."""
+        return (
+            f"auto-rgn runs backward through frozen groups, too, in {self.steps} steps of a "
+            f"reading, {often(self.every)}: this shows where an interval has few steps."
+        )
 
     def init(self, groups: LayerGroups) -> State:
         """The head alone trains until the first reading."""
@@ -155,6 +163,14 @@ class AutoSNR(Policy):
         """The signal-to-noise ratio, of frozen groups, too."""
         return _readings(_SNR, self.steps, self.every, self.per)
 
+    def notice(self) -> str:
+        """That readings of frozen groups are dear."""
+        return (
+            f"auto-snr runs backward through frozen groups, too, in {self.steps} steps of a "
+            f"reading, {often(self.every)}, and goes through all gradients in them: this shows "
+            "where an interval has few steps."
+        )
+
     def init(self, groups: LayerGroups) -> State:
         """The head alone trains until the first reading."""
         return _waiting("auto-snr", _units(groups, self.per))
@@ -219,6 +235,14 @@ class FIM(Policy):
         if self.every is None:
             return _readings(_FISHER, self.steps, _ONE_EPOCH, "group")[:1]
         return _readings(_FISHER, self.steps, self.every, "group")
+
+    def notice(self) -> str:
+        """That readings of frozen groups are dear."""
+        return (
+            f"fim runs backward through frozen groups, too, in the first {self.steps} steps"
+            + ("" if self.every is None else f" and again {often(self.every)}")
+            + ": this shows in short runs."
+        )
 
     def init(self, groups: LayerGroups) -> State:
         """The head alone trains until the first ranking."""

@@ -18,6 +18,7 @@ from frostline.policies.common import (
     freeze_only,
     freeze_parameters,
     new_reading,
+    often,
 )
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
@@ -74,6 +75,13 @@ class APF(Policy):
     def needs(self) -> tuple[Need, ...]:
         """The effective perturbation at every check."""
         return (Need(_PERTURBATION, self.every),)
+
+    def notice(self) -> str:
+        """That readings are dear."""
+        return (
+            f"apf goes through all weights {often(self.every)} and keeps three more copies of "
+            "them: this shows in short runs, and every= sets how often."
+        )
 
     def init(self, groups: LayerGroups) -> State:
         """Nothing frozen, all periods 0."""
@@ -170,7 +178,7 @@ class SlimFit(Policy):
     def notice(self) -> str:
         """That changes of plan are dear."""
         return (
-            f"slimfit changes what is frozen every {self.every}: each change and each reading "
+            f"slimfit changes what is frozen {often(self.every)}: each change and each reading "
             "takes time, and proving it more; it saves memory rather than time."
         )
 

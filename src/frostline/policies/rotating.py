@@ -12,7 +12,7 @@ from frostline.clock import Duration
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone, check_interval, choice
+from frostline.policies.common import backbone, check_interval, choice, often
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
 
@@ -295,5 +295,6 @@ def _changes_are_dear(name: str, every: Duration) -> str:
     if every.unit != "st" or every.value >= _SHORT:
         return ""
     return (
-        f"{name} changes what is frozen every {every}: each change takes time, and proving it more."
+        f"{name} changes what is frozen {often(every)}: each change takes time, and proving it "
+        "more."
     )

@@ -59,6 +59,13 @@ class Spectrum(Policy):
         """The score of every parameter, read once."""
         return (Need("spectral_snr", None, per="parameter"),)
 
+    def notice(self) -> str:
+        """That the spectra are dear."""
+        return (
+            "spectrum takes the singular values of every weight matrix before the first step: this "
+            "shows in short runs."
+        )
+
     def init(self, groups: LayerGroups) -> State:
         """No plan yet: it comes with the scores."""
         return {"plan": None}
