@@ -348,11 +348,11 @@ _CAUTION = (
 
 
 def _overhead_line(overhead: Mapping[str, float]) -> str:
-    names = {"resnet20": "ResNet-20", "bert": "BERT 6x384"}
+    names = {"resnet20": "200 steps of ResNet-20", "bert": "40 steps of BERT 6x384"}
     shown = ", ".join(
-        f"{overhead[m]:.1f} % on {name}" for m, name in names.items() if m in overhead
+        f"{overhead[m]:.1f} % in {name}" for m, name in names.items() if m in overhead
     )
-    return f"Its own cost at default settings, of a full training step: {shown}."
+    return f"Its own cost at default settings, of full training: {shown}."
 
 
 def _shown(difference: Interval | None) -> str:

@@ -226,7 +226,7 @@ def test_everything_is_written_from_the_log(
     assert pages == {p.name: p.read_text() for p in tmp_path.glob("*.md")}
     assert "Not measured: a reason." in pages["phases.md"]
     assert "worse than a static prefix" in pages["apf.md"]
-    assert "1.2 % on BERT" in pages["apf.md"]
+    assert "1.2 % in 40 steps of BERT" in pages["apf.md"]
     assert "`apf`" in pages["evidence.md"]
     data = json.loads((tmp_path / "evidence.json").read_text())
     assert data["date"] is None
