@@ -43,3 +43,16 @@ class NumpyCase:
     def tamper(self, tensor: str) -> None:
         found = (self.net.parameters | self.net.buffers)[tensor]
         found[(0,) * found.ndim] += 1e-6
+
+
+def copy_into(target: NumpyCase, source: NumpyCase) -> None:
+    """What a checkpoint would carry: values, optimizer state, randomness, position; no plan."""
+    for mine, theirs in (
+        (target.net.parameters, source.net.parameters),
+        (target.net.buffers, source.net.buffers),
+    ):
+        for name, array in theirs.items():
+            mine[name][...] = array
+    target.optimizer.velocity = {n: v.copy() for n, v in source.optimizer.velocity.items()}
+    target.net.random.bit_generator.state = source.net.random.bit_generator.state
+    target.step = source.step

@@ -18,11 +18,11 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from frostline.clock import Duration, Progress
-from frostline.cost import predicted_step_s
+from frostline.cost import check_measured, predicted_step_s
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policy import Event, EventKind, Policy, State
+from frostline.policy import Event, EventKind, Policy, State, read_metric
 from frostline.select import Selector, select
 from frostline.signals import Need
 
@@ -458,12 +458,7 @@ class CostVeto(_Around):
 
     def init(self, groups: LayerGroups) -> State:
         """The inner state; raises if costs were never measured."""
-        if not groups.measured:
-            raise PolicyError(
-                "veto freezing by its cost",
-                found="layer groups without measured costs",
-                fix="measure first: measure_costs(model, groups)",
-            )
+        check_measured(groups, "veto freezing by its cost")
         return {"plan": None, "inner": self.policy.init(groups)}
 
     def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
@@ -521,20 +516,12 @@ class Guard(_Around):
         plan, inner = self.policy.decide(groups, state["inner"], event)
         best, bad = state["best"], state["bad"]
         if event.kind is EventKind.EVALUATED:
-            best, bad = self._judge(best, bad, self._value(event.metrics))
+            value = read_metric(event.metrics, self.metric, f"guard the metric {self.metric!r}")
+            best, bad = self._judge(best, bad, value)
         if bad >= self.patience:
             than = "no number" if best is None else f"worse than its best {best:.4g}"
             plan = _with_phase_of(plan, FreezePlan(), f"guard: {self.metric} {than}")
         return plan, {"best": best, "bad": bad, "inner": inner}
-
-    def _value(self, metrics: Mapping[str, float]) -> float:
-        if self.metric not in metrics:
-            raise PolicyError(
-                f"guard the metric {self.metric!r}",
-                found=f"an evaluation with {', '.join(sorted(metrics)) or 'no metrics'}",
-                fix="name one of those",
-            )
-        return metrics[self.metric]
 
     def _judge(self, best: float | None, bad: int, value: float) -> tuple[float | None, int]:
         sign = 1.0 if self.mode == "min" else -1.0

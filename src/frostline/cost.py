@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from frostline.errors import PlanError, UsageError
+from frostline.errors import PlanError, PolicyError, UsageError
 from frostline.groups import GroupCost, LayerGroup, LayerGroups
 from frostline.plan import FreezePlan
 
 __all__ = [
     "GroupReport",
     "backward_share",
+    "check_measured",
     "group_reports",
     "plan_line",
     "predicted_step_s",
@@ -24,6 +25,24 @@ __all__ = [
 ]
 
 _FULL = FreezePlan()
+
+
+def check_measured(groups: LayerGroups, asked: str) -> None:
+    """Raise unless every group has a measured cost: for policies that decide by cost.
+
+    Args:
+        groups: the layer groups.
+        asked: what the costs are wanted for, for the message.
+
+    Raises:
+        PolicyError: some group was never measured.
+    """
+    if not groups.measured:
+        raise PolicyError(
+            asked,
+            found="layer groups without measured costs",
+            fix="measure first: measure_costs(model, groups)",
+        )
 
 
 def predicted_step_s(

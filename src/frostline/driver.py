@@ -28,7 +28,7 @@ from frostline.errors import (
 )
 from frostline.gauges import Gauges
 from frostline.plan import FreezePlan
-from frostline.policy import Decision, Event, EventKind, Policy, State
+from frostline.policy import Decision, Event, EventKind, Policy, State, read_metric
 from frostline.signals import Array
 
 __all__ = ["Certificate", "Driver", "Hold"]
@@ -412,13 +412,8 @@ class Driver:
         mode, _, name = self.plan.keep_best.partition(" ")
         if not name:
             return
-        if name not in metrics:
-            raise PolicyError(
-                f"keep the best weights by {name!r}",
-                found=f"an evaluation with {', '.join(sorted(metrics)) or 'no metrics'}",
-                fix="name one of those in the policy",
-            )
-        value = metrics[name] if mode == "max" else -metrics[name]
+        measured = read_metric(metrics, name, f"keep the best weights by {name!r}")
+        value = measured if mode == "max" else -measured
         if not math.isnan(value) and (self._best is None or value > self._best["value"]):
             with self.costs.charge("apply_s"):
                 self._best = {"value": value, "weights": dict(self.backend.weights())}

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from frostline.clock import Progress
+from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 from frostline.signals import Need
 
-__all__ = ["Decision", "Event", "EventKind", "Policy", "State"]
+__all__ = ["Decision", "Event", "EventKind", "Policy", "State", "read_metric"]
 
 #: Plain JSON: str, int, float, bool, None, lists and dicts with string keys.
 State = dict[str, Any]
@@ -112,3 +113,23 @@ class Policy(abc.ABC):
     @abc.abstractmethod
     def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
         """The plan wanted from now on, and the next state. Pure; must not mutate `state`."""
+
+
+def read_metric(metrics: Mapping[str, float], name: str, asked: str) -> float:
+    """One metric of an evaluation.
+
+    Args:
+        metrics: of the evaluation.
+        name: of the metric.
+        asked: what it is wanted for, for the message.
+
+    Raises:
+        PolicyError: the evaluation has no metric of this name.
+    """
+    if name not in metrics:
+        raise PolicyError(
+            asked,
+            found=f"an evaluation with {', '.join(sorted(metrics)) or 'no metrics'}",
+            fix="name one of those",
+        )
+    return metrics[name]

@@ -29,7 +29,7 @@ from frostline.policies.scheduled import Gradual
 from frostline.policies.static import Freeze, Full, LinearProbe
 from frostline.policy import Decision, Event, Policy, State
 from frostline.signals import Need
-from numpy_case import NumpyCase
+from numpy_case import NumpyCase, copy_into
 
 EVERY_TWO = Duration.parse("2st")
 
@@ -97,19 +97,6 @@ def test_interrupted_equals_uninterrupted(policy: Policy, stops: list[int]) -> N
     assert state_of(case) == state_of(whole)
     assert [d.to_json() for d in resumed.decisions] == [d.to_json() for d in driver.decisions]
     assert resumed.finish().to_json() == driver.finish().to_json()
-
-
-def copy_into(target: NumpyCase, source: NumpyCase) -> None:
-    """What a checkpoint would carry: values, optimizer state, randomness, position; no plan."""
-    for mine, theirs in (
-        (target.net.parameters, source.net.parameters),
-        (target.net.buffers, source.net.buffers),
-    ):
-        for name, array in theirs.items():
-            mine[name][...] = array
-    target.optimizer.velocity = {n: v.copy() for n, v in source.optimizer.velocity.items()}
-    target.net.random.bit_generator.state = source.net.random.bit_generator.state
-    target.step = source.step
 
 
 def test_decisions_are_recorded_once_per_change() -> None:

@@ -23,7 +23,7 @@ from frostline.policies.static import Full
 from frostline.policy import Event, EventKind, Policy
 from frostline.registry import make_policy, policy_text
 from frostline.testing import check_policy, example_groups
-from numpy_case import NumpyCase
+from numpy_case import NumpyCase, copy_into
 
 GROUPS = example_groups(4)  # block0, block1, block2, head
 D = Duration.parse
@@ -390,18 +390,6 @@ def test_without_restoring_the_optimizer_remembers_what_goes_on_training() -> No
     one_epoch(case, driver, 1.0)
     assert driver.plan.phase == 1
     assert {n.partition(".")[0] for n in case.optimizer.velocity} == {"head"}
-
-
-def copy_into(target: NumpyCase, source: NumpyCase) -> None:
-    for mine, theirs in (
-        (target.net.parameters, source.net.parameters),
-        (target.net.buffers, source.net.buffers),
-    ):
-        for name, array in theirs.items():
-            mine[name][...] = array
-    target.optimizer.velocity = {n: v.copy() for n, v in source.optimizer.velocity.items()}
-    target.net.random.bit_generator.state = source.net.random.bit_generator.state
-    target.step = source.step
 
 
 LOSSES = [1.0, 0.5, 0.7, 0.6, 2.0, 3.0, 0.4, 0.3]

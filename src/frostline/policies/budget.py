@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from frostline.clock import Duration
+from frostline.cost import check_measured
 from frostline.errors import PolicyError
 from frostline.groups import GroupCost, LayerGroup, LayerGroups
 from frostline.plan import FreezePlan
@@ -20,6 +21,7 @@ from frostline.policies.common import (
     freeze_only,
     new_reading,
     often,
+    readings_from_start,
 )
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
@@ -83,9 +85,7 @@ class Elastic(Policy):
 
     def needs(self) -> tuple[Need, ...]:
         """The importance of every group, frozen or not: at once, and then in intervals."""
-        first = Duration.parse(f"{_PAIR}st")
-        at_once = Need(_IMPORTANCE, first, steps=_PAIR, frozen_too=True, until=(first,))
-        return (at_once, replace(at_once, every=self.every, after=(first,), until=None))
+        return readings_from_start(_IMPORTANCE, _PAIR, self.every)
 
     def notice(self) -> str:
         """That readings are dear."""
@@ -96,7 +96,7 @@ class Elastic(Policy):
 
     def init(self, groups: LayerGroups) -> State:
         """Everything trains; raises where costs were never measured."""
-        _check_measured(groups, "train within a time budget")
+        check_measured(groups, "train within a time budget")
         why = "elastic: everything trains until the first reading"
         return {"seen": None, "frozen": [], "why": why}
 
@@ -188,7 +188,7 @@ class ALSAR(Policy):
 
     def init(self, groups: LayerGroups) -> State:
         """Nothing frozen; raises where costs were never measured."""
-        _check_measured(groups, "freeze by information per unit of time")
+        check_measured(groups, "freeze by information per unit of time")
         return {
             "seen": None,
             "turn": 0,
@@ -355,12 +355,3 @@ def _kept(values: Sequence[float]) -> list[float]:
 
 def _cost(group: LayerGroup) -> GroupCost:
     return group.cost or GroupCost()
-
-
-def _check_measured(groups: LayerGroups, asked: str) -> None:
-    if not groups.measured:
-        raise PolicyError(
-            asked,
-            found="layer groups without measured costs",
-            fix="measure first: measure_costs(model, groups)",
-        )

@@ -6,12 +6,15 @@ import hashlib
 import math
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Literal
 
 from frostline.clock import Duration
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policy import Event, Policy, State
+from frostline.policy import Event, Policy, State, read_metric
+from frostline.signals import Need
 
 __all__ = [
     "NORM_SHIFTS",
@@ -27,6 +30,7 @@ __all__ = [
     "metric",
     "new_reading",
     "often",
+    "readings_from_start",
 ]
 
 #: What frameworks call the shift of a normalisation layer, which is a bias.
@@ -118,13 +122,7 @@ def metric(event: Event, name: str) -> float:
     Raises:
         PolicyError: the evaluation has no metric of this name.
     """
-    if name not in event.metrics:
-        raise PolicyError(
-            f"decide on the metric {name!r}",
-            found=f"an evaluation with {', '.join(sorted(event.metrics)) or 'no metrics'}",
-            fix="name one of those",
-        )
-    return event.metrics[name]
+    return read_metric(event.metrics, name, f"decide on the metric {name!r}")
 
 
 def choice(seed: int, *turn: object) -> random.Random:
@@ -165,3 +163,18 @@ def often(every: Duration) -> str:
         ('every step', 'every 5%')
     """
     return "every step" if str(every) == "1st" else f"every {every}"
+
+
+def readings_from_start(
+    signal: str, steps: int, every: Duration, per: Literal["group", "parameter"] = "group"
+) -> tuple[Need, Need]:
+    """A reading of all groups over the first steps, and one at the start of each later interval.
+
+    Example:
+        >>> first, rest = readings_from_start("fisher", 5, Duration.parse("1ep"))
+        >>> str(first.every), str(rest.every), rest.steps
+        ('5st', '1ep', 5)
+    """
+    first = Duration.parse(f"{steps}st")
+    at_once = Need(signal, first, steps=steps, per=per, frozen_too=True, until=(first,))
+    return at_once, replace(at_once, every=every, after=(first,), until=None)

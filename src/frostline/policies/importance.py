@@ -21,6 +21,7 @@ from frostline.policies.common import (
     freeze_parameters,
     new_reading,
     often,
+    readings_from_start,
 )
 from frostline.policy import Event, Policy, State
 from frostline.signals import Need
@@ -79,7 +80,7 @@ class AutoRGN(Policy):
 
     def needs(self) -> tuple[Need, ...]:
         """Relative gradient norms; of frozen groups, too, where some are frozen."""
-        first, rest = _readings(_RGN, self.steps, self.every, self.per)
+        first, rest = readings_from_start(_RGN, self.steps, self.every, self.per)
         return first, replace(rest, frozen_too=self.mode == "selection")
 
     def notice(self) -> str:
@@ -161,7 +162,7 @@ class AutoSNR(Policy):
 
     def needs(self) -> tuple[Need, ...]:
         """The signal-to-noise ratio, of frozen groups, too."""
-        return _readings(_SNR, self.steps, self.every, self.per)
+        return readings_from_start(_SNR, self.steps, self.every, self.per)
 
     def notice(self) -> str:
         """That readings of frozen groups are dear."""
@@ -233,8 +234,8 @@ class FIM(Policy):
     def needs(self) -> tuple[Need, ...]:
         """Squared gradients of all groups: at once, and then in intervals if there are any."""
         if self.every is None:
-            return _readings(_FISHER, self.steps, _ONE_EPOCH, "group")[:1]
-        return _readings(_FISHER, self.steps, self.every, "group")
+            return readings_from_start(_FISHER, self.steps, _ONE_EPOCH, "group")[:1]
+        return readings_from_start(_FISHER, self.steps, self.every, "group")
 
     def notice(self) -> str:
         """That readings of frozen groups are dear."""
@@ -272,13 +273,6 @@ class FIM(Policy):
             f"information; most is in {order[0]}"
         )
         return {"frozen": [name for name in names if name not in train], "why": why}
-
-
-def _readings(signal: str, steps: int, every: Duration, per: Unit) -> tuple[Need, Need]:
-    """A reading over the first steps, and one at the start of each interval from then on."""
-    first = Duration.parse(f"{steps}st")
-    at_once = Need(signal, first, steps=steps, per=per, frozen_too=True, until=(first,))
-    return at_once, replace(at_once, every=every, after=(first,), until=None)
 
 
 def _waiting(name: str, units: Iterable[str]) -> State:

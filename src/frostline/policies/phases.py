@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 from frostline.clock import Duration, Progress
+from frostline.compose import kept_plan, kept_text
 from frostline.errors import PolicyError, few
 from frostline.groups import LayerGroup, LayerGroups, TensorInfo
 from frostline.phase_file import Phase, PhaseList, read_phases
@@ -92,7 +93,7 @@ class _Phased(Policy):
                     break
                 since = step
             state = self._next(groups, state, since, event.progress, "its time is over")
-        return FreezePlan.from_json(state["plan"]), state
+        return kept_plan(state["plan"]), state
 
     def _judge(self, groups: LayerGroups, state: State, event: Event) -> State:
         phase = self.phases(groups)[state["phase"]]
@@ -133,7 +134,7 @@ class _Phased(Policy):
             "bad": 0,
             "measured": False,
             "done": done,
-            "plan": plan.to_json(),
+            "plan": kept_text(plan),
         }
 
 
