@@ -14,6 +14,7 @@
     ├── ModelError                   a model or weight file cannot be used (exit code 1)
     ├── DataError                    a data set or a sample cannot be used
     ├── BackendError                 the framework refused, or a contract was broken
+    ├── FrontierError                a frozen region cannot be found, stored or replayed
     ├── TrainingError                training cannot go on
     │   ├── NonFiniteLoss
     │   └── FrozenTensorChanged      a frozen tensor is no longer what it was
@@ -41,6 +42,7 @@ __all__ = [
     "DamagedFile",
     "DataError",
     "DurationError",
+    "FrontierError",
     "FrostlineError",
     "FrozenTensorChanged",
     "MissingExtra",
@@ -143,6 +145,10 @@ class DataError(FrostlineError):
 
 class BackendError(FrostlineError):
     """The framework refused a request, or a backend broke its contract."""
+
+
+class FrontierError(FrostlineError):
+    """The frozen region of a model cannot be found, stored or replayed."""
 
 
 class TrainingError(FrostlineError):

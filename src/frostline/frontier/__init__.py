@@ -1,0 +1,1 @@
+"""The frozen region: found in any graph, its outflow stored per sample, the rest replayed."""
