@@ -12,11 +12,11 @@ import torch
 import torchvision
 from torch import nn
 
+from frostline.backends.torch.random_state import seeded
 from frostline.errors import MissingExtra, ModelError
 from frostline.tasks import hub, imports
 from frostline.tasks.config import RunConfig
 from frostline.tasks.models import build_model, rebuild_model
-from frostline.tasks.seeding import seeded
 from frostline.tasks.weights import covering_glob, find_head, load_into
 from generators import generator_states
 from models_for_tests import tiny

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from frostline.backends.torch.random_state import mix, seeded
 from frostline.tasks.config import RunConfig
 from frostline.tasks.imports import need
 from frostline.tasks.pictures import open_picture
-from frostline.tasks.seeding import mix, seeded
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from frostline.backends.torch.random_state import seeded
 from frostline.errors import ModelError
 from frostline.tasks import callable_source, hf_source, timm_source, torchvision_source
 from frostline.tasks.built import Built, Kind
 from frostline.tasks.config import RunConfig
 from frostline.tasks.imports import is_callable_spec
-from frostline.tasks.seeding import seeded
 
 __all__ = ["as_logits", "build_model", "model_logits", "rebuild_model"]
 

@@ -1,15 +1,25 @@
-"""The states of the global random number generators: read, and put back one by one."""
+"""The global random number generators: read, put back, seeded for a while, left as they were."""
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["RANDOM_STREAMS", "read_random_state", "write_random_state"]
+__all__ = [
+    "RANDOM_STREAMS",
+    "mix",
+    "read_random_state",
+    "same_random_state",
+    "seeded",
+    "undisturbed",
+    "write_random_state",
+]
 
 #: Random number generators that a checkpoint holds.
 RANDOM_STREAMS = ("python", "numpy", "torch", "cuda")
@@ -37,3 +47,85 @@ def write_random_state(state: Mapping[str, Any]) -> None:
         torch.set_rng_state(state["torch"])
     if "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def same_random_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether Python's, NumPy's and torch's CPU generators stood at the same place.
+
+    Example:
+        >>> before = read_random_state()
+        >>> same_random_state(before, read_random_state())
+        True
+        >>> with undisturbed():
+        ...     _ = random.random()
+        ...     same_random_state(before, read_random_state())
+        False
+    """
+    numbers = [
+        {key: np.asarray(value).tobytes() for key, value in state.items() if key != "state"}
+        | {key: np.asarray(value).tobytes() for key, value in state["state"].items()}
+        for state in (one["numpy"], other["numpy"])
+    ]
+    return (
+        one["python"] == other["python"]
+        and numbers[0] == numbers[1]
+        and torch.equal(one["torch"], other["torch"])
+    )
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put every global generator back afterwards, whatever was drawn.
+
+    Example:
+        >>> random.seed(1)
+        >>> with undisturbed():
+        ...     first = random.random()
+        >>> first == random.random()
+        True
+    """
+    state = read_random_state()
+    try:
+        yield
+    finally:
+        write_random_state(state)
+
+
+def mix(*numbers: int) -> int:
+    """One seed in [0, 2**32) from several numbers; the same in every process.
+
+    Example:
+        >>> mix(0, 7) == mix(0, 7), mix(0, 7) == mix(7, 0)
+        (True, False)
+    """
+    text = ",".join(str(n) for n in numbers)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators, and restore all three afterwards.
+
+    Third-party transforms and initialisers draw from the global generators; this way they are
+    functions of `seed`, and the training loop's own random stream does not notice.
+
+    Args:
+        seed: 0 to 2**32 - 1.
+
+    Example:
+        >>> with seeded(1):
+        ...     first = random.random()
+        >>> with seeded(1):
+        ...     first == random.random()
+        True
+    """
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  the global generator is what others draw from
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])  # noqa: NPY002
+        torch.set_rng_state(kept[2])
