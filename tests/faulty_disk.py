@@ -65,6 +65,20 @@ class FaultyDisk(QuickDisk):
             return half
         return super().write(fd, data)
 
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        if self._due("pwrite"):
+            half = bytes(data)[: max(1, len(data) // 2)]
+            os.pwrite(fd, half, offset)
+            if self.fault == "lying":
+                return len(data)
+            if self.fault != "short":
+                self._fail()
+            return len(half)
+        return super().pwrite(fd, data, offset)
+
+    def allocate(self, fd: int, offset: int, size_bytes: int) -> None:
+        self._call("allocate", fd, offset, size_bytes)
+
     def fsync(self, fd: int) -> None:
         self._call("fsync", fd)
 

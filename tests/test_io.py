@@ -546,3 +546,30 @@ def test_the_usual_umask_decides_who_may_read(tmp_path: Path):
         os.umask(before)
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "g").stat().st_mode & 0o777 == 0o750
+
+
+# -- writing in place, for files whose readers check every row -----------------------------------
+
+
+def test_rows_are_put_where_they_belong_and_room_is_claimed_first(tmp_path: Path):
+    file = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    disk = _io.Disk()
+    disk.allocate(file, 4096, 8192)
+    if hasattr(os, "posix_fallocate"):
+        assert os.fstat(file).st_size == 12_288
+    assert disk.pwrite(file, b"abc", 5) == 3
+    os.close(file)
+    assert (tmp_path / "f").read_bytes()[:9] == b"\0\0\0\0\0abc\0"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="macOS cannot claim room")
+def test_claiming_more_room_than_allowed_is_a_clean_error(tmp_path: Path):
+    file = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _io.Disk().allocate(file, 0, 20_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        os.close(file)

@@ -76,6 +76,14 @@ class Disk:
     def write(self, fd: int, data: bytes | memoryview) -> int:
         return os.write(fd, data)
 
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def allocate(self, fd: int, offset: int, size_bytes: int) -> None:
+        """Claim the room of a range, so that a full disk says so now and not in a later write."""
+        if hasattr(os, "posix_fallocate"):  # macOS has none; there `pwrite` itself says it
+            os.posix_fallocate(fd, offset, size_bytes)
+
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
 

@@ -1,0 +1,328 @@
+"""The files of one column: segments of fixed-size rows, and one array of checksums.
+
+A row lies where its number (and, if ragged, its length) says; nothing is looked up and nothing
+moves. Writers put the data first and the checksum after it; readers take no lock, copy the data
+out and believe it only if the copy has that checksum. Files grow, are never cut and never
+replaced, and are read by `pread`: a file that somebody else cut short gives a short read here,
+where a map would end the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from frostline import _io
+from frostline.frontier.encodings import Codec, Column
+
+__all__ = ["BLOCK_ROWS", "BoolArray", "IntArray", "Table"]
+
+#: Rows that are computed and written together; a block starts at a multiple of this.
+BLOCK_ROWS = 32
+#: The most one file holds, unless a single block is larger.
+SEGMENT_BYTES = 1 << 30
+#: Checksums are fetched this many at a time.
+_PAGE_ROWS = 512
+
+IntArray: TypeAlias = NDArray[np.integer[Any]]
+BoolArray: TypeAlias = NDArray[np.bool_]
+
+
+class Table:
+    """One column of a store on disk.
+
+    Args:
+        folder: where its files are.
+        number: of the column in its store; the files are named by it.
+        column: what is stored.
+        shape: of one row; of a ragged column without the first dimension.
+        rows: how many there can be.
+        seed: mixed into every checksum.
+    """
+
+    def __init__(
+        self, folder: Path, number: int, column: Column, shape: Sequence[int], rows: int, seed: int
+    ) -> None:
+        self.column, self.shape = column, tuple(shape)
+        self._folder, self._name, self._rows = folder, f"{number:03d}", rows
+        self._seed = np.uint64(seed)
+        self._files = _Files(folder)
+        self._sums = np.zeros(rows, np.uint64)
+        self._lengths = np.zeros(rows if column.ragged else 0, np.uint32)
+        self._entry = np.dtype([("sum", "<u8")] + [("length", "<u8")] * column.ragged)
+        self.codec = functools.cache(self._codec)
+
+    def _codec(self, length: int) -> Codec:
+        return Codec(self.column, (length, *self.shape) if self.column.ragged else self.shape)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one row's checksum (and length)."""
+        return self._entry.itemsize
+
+    # -- where things are ------------------------------------------------------------------------
+
+    def _place(self, row: int, length: int) -> tuple[str, int, int]:
+        """File, offset and index of the block of a row.
+
+        Blocks of a ragged column are spaced for the next power of two of their length, in files
+        of their own: what lies between them is never written and takes no room.
+        """
+        rung = max(0, length - 1).bit_length() if self.column.ragged else 0
+        slot = BLOCK_ROWS * self.codec(1 << rung).row_bytes
+        block, inner = divmod(row, BLOCK_ROWS)
+        segment, place = divmod(block, max(1, SEGMENT_BYTES // max(1, slot)))
+        name = f"{self._name}-{rung:02d}-{segment:06d}.rows"
+        return name, place * slot + inner * self.codec(length).row_bytes, segment
+
+    def _runs(self, rows: IntArray, lengths: IntArray, wanted: BoolArray) -> Iterator[_Run]:
+        """Stretches of wanted rows that lie side by side on disk in the order asked for."""
+        run: _Run | None = None
+        places = zip(rows.tolist(), lengths.tolist(), wanted.tolist(), strict=True)
+        for i, (row, length, is_wanted) in enumerate(places):
+            if not is_wanted:
+                continue
+            name, offset, _ = self._place(row, length)
+            size = self.codec(length).row_bytes
+            if (
+                run is not None
+                and (run.name, run.stop, run.size) == (name, i, size)
+                and run.offset + (run.stop - run.start) * size == offset
+            ):
+                run.stop = i + 1
+                continue
+            if run is not None:
+                yield run
+            run = _Run(name, offset, size, i, i + 1)
+        if run is not None:
+            yield run
+
+    # -- checksums -------------------------------------------------------------------------------
+
+    def _seeds(self, rows: IntArray, lengths: IntArray | int) -> NDArray[np.uint64]:
+        """One per row: the same bytes under another number or length have another checksum."""
+        lengths = np.asarray(lengths).astype(np.uint64)
+        return _mix(self._seed + _mix(rows.astype(np.uint64)) + lengths)
+
+    def _checksums(self, data: memoryview, size: int, seeds: NDArray[np.uint64]) -> list[int]:
+        digest = xxhash.xxh3_64_intdigest
+        return [
+            digest(data[i * size : (i + 1) * size], seed=seed) or 1  # 0 says absent
+            for i, seed in enumerate(seeds.tolist())
+        ]
+
+    def present(self, rows: IntArray) -> BoolArray:
+        """Which rows have a checksum; whether it matches is known when they are read."""
+        known = self._sums[rows] != 0
+        if not known.all():
+            self._fetch(rows[~known])
+            known = self._sums[rows] != 0
+        return known
+
+    def lengths(self, rows: IntArray) -> IntArray:
+        """First dimension of each row; 0 for absent ones and for columns that are not ragged."""
+        if not self.column.ragged:
+            return np.zeros(len(rows), np.int64)
+        self.present(rows)
+        return self._lengths[rows].astype(np.int64)
+
+    def _fetch(self, rows: IntArray) -> None:
+        """Take the checksums around these rows from disk."""
+        file = self._files.readable(f"{self._name}.sums")
+        if file is None:
+            return
+        for page in np.unique(rows // _PAGE_ROWS).tolist():
+            first = page * _PAGE_ROWS
+            count = min(_PAGE_ROWS, self._rows - first)
+            raw = os.pread(file, count * self.entry_bytes, first * self.entry_bytes)
+            found = np.frombuffer(raw, self._entry, len(raw) // self.entry_bytes)
+            self._take(first, found)
+
+    def _take(self, first: int, found: NDArray[Any]) -> None:
+        there = found["sum"] != 0
+        numbers = np.arange(first, first + len(found))
+        if self.column.ragged:
+            lengths = found["length"] & np.uint64(0xFFFFFFFF)
+            there &= found["length"] == self._sealed(numbers, lengths)
+            self._lengths[numbers[there]] = lengths[there]
+        self._sums[numbers[there]] = found["sum"][there]
+
+    def _sealed(self, rows: IntArray, lengths: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Lengths as they are stored: 32 bits, and 32 that show a changed bit."""
+        high = _mix(self._seeds(rows, lengths)) >> np.uint64(32)
+        return lengths | (high << np.uint64(32))
+
+    # -- writing and reading ---------------------------------------------------------------------
+
+    def write(self, first: int, raw: NDArray[np.uint8], length: int) -> None:
+        """Put encoded rows from row `first` on, then their checksums."""
+        rows = np.arange(first, first + len(raw))
+        name, offset, _ = self._place(first, length)
+        data = _bytes_of(np.ascontiguousarray(raw))
+        if data.nbytes:
+            file = self._files.writable(name)
+            _io.disk.allocate(file, offset, data.nbytes)
+            _write_all(file, data, offset)
+        entries = np.zeros(len(raw), self._entry)
+        entries["sum"] = self._checksums(data, raw.shape[1], self._seeds(rows, length))
+        if self.column.ragged:
+            entries["length"] = self._sealed(rows, np.full(len(rows), length, np.uint64))
+        file = self._files.writable(f"{self._name}.sums")
+        _write_all(file, _bytes_of(entries), first * self.entry_bytes)
+        self._take(first, entries)
+
+    def read(
+        self, rows: IntArray, wanted: BoolArray, length: int
+    ) -> tuple[NDArray[Any], BoolArray]:
+        """Rows, each cut or padded with zeros to `length`, and which of them can be believed.
+
+        Rows that are not wanted or cannot be believed are zero.
+        """
+        lengths = self.lengths(rows)
+        out = np.empty((len(rows), *self.codec(length).shape), self.column.numpy)
+        good = wanted & self.present(rows)
+        for size in np.unique(lengths[good]).tolist():
+            chosen = good & (lengths == size)
+            self._read_equal(rows, chosen, size, out, good)
+        out[~good] = 0
+        return out, good
+
+    def _read_equal(
+        self, rows: IntArray, chosen: BoolArray, length: int, out: NDArray[Any], good: BoolArray
+    ) -> None:
+        """Read the chosen rows, all of one length; those that fail are taken out of `good`."""
+        codec = self.codec(length)
+        straight = self.column.kept == "exact" and codec.shape == out.shape[1:]
+        where = np.flatnonzero(chosen)
+        whole = straight and len(where) == len(rows)
+        raw = np.empty((len(where), codec.row_bytes), np.uint8)
+        if whole:
+            raw = out.reshape(len(rows), -1).view(np.uint8).reshape(len(rows), -1)
+        fine = self._pull(rows[where], length, raw)
+        good[where[~fine]] = False
+        if whole:
+            return
+        where, raw = (where, raw) if fine.all() else (where[fine], raw[fine])
+        if codec.shape == out.shape[1:] and len(where) == len(out):
+            codec.decode(raw, out)
+            return
+        rows_out = np.empty((len(where), *codec.shape), self.column.numpy)
+        codec.decode(raw, rows_out)
+        if not self.column.ragged:
+            out[where] = rows_out
+            return
+        kept = min(length, out.shape[1])
+        out[where, :kept] = rows_out[:, :kept]
+        out[where, kept:] = 0
+
+    def _pull(self, rows: IntArray, length: int, raw: NDArray[np.uint8]) -> BoolArray:
+        """Fill `raw` with the bytes of these rows; whether each has its checksum."""
+        size = raw.shape[1]
+        fine = np.ones(len(rows), np.bool_)
+        flat = _bytes_of(raw)
+        if size:
+            lengths = np.full(len(rows), length)
+            for run in self._runs(rows, lengths, fine):
+                file = self._files.readable(run.name)
+                part = flat[run.start * size : run.stop * size]
+                got = 0 if file is None else _read_all(file, part, run.offset)
+                fine[run.start + got // size : run.stop] = False
+        seeds = self._seeds(rows, length)
+        found = np.array(self._checksums(flat, size, seeds), np.uint64)
+        return fine & (found == self._sums[rows])
+
+    def forget(self, rows: IntArray) -> None:
+        """Drop what is remembered of these rows: the next look goes to the disk."""
+        self._sums[rows] = 0
+
+    def close(self) -> None:
+        """Close all files."""
+        self._files.close()
+
+
+class _Run:
+    """Rows `start` to `stop` of a request, side by side in one file."""
+
+    __slots__ = ("name", "offset", "size", "start", "stop")
+
+    def __init__(self, name: str, offset: int, size: int, start: int, stop: int) -> None:
+        self.name, self.offset, self.size = name, offset, size
+        self.start, self.stop = start, stop
+
+
+class _Files:
+    """Open files by name, each opened once for reading and once for writing."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reading: dict[str, int] = {}
+        self._writing: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def readable(self, name: str) -> int | None:
+        """A descriptor to read from, or None while there is no such file."""
+        file = self._reading.get(name)
+        if file is not None:
+            return file
+        with self._lock:
+            if name not in self._reading:
+                try:
+                    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+                    self._reading[name] = os.open(self._folder / name, flags)
+                except FileNotFoundError:
+                    return None
+            return self._reading[name]
+
+    def writable(self, name: str) -> int:
+        """A descriptor to write to; the file is made if there is none."""
+        with self._lock:
+            if name not in self._writing:
+                self._writing[name] = _io.disk.open(self._folder / name, os.O_RDWR | os.O_CREAT)
+            return self._writing[name]
+
+    def close(self) -> None:
+        with self._lock:
+            for file in (*self._reading.values(), *self._writing.values()):
+                _io.disk.close(file)
+            self._reading.clear()
+            self._writing.clear()
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Spread 64 bits over 64 bits, one to one (the finalizer of splitmix64)."""
+    x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    # A view, never a copy; `cast` refuses arrays without elements.
+    return array.view(np.uint8).data.cast("B") if array.size else memoryview(b"")
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = _io.disk.pwrite(file, data, offset)
+        if written <= 0:
+            raise OSError(5, "the disk took no bytes")
+        data, offset = data[written:], offset + written
+
+
+def _read_all(file: int, part: memoryview, offset: int) -> int:
+    """Bytes read into `part`: fewer than asked for only where the file ends."""
+    done = 0
+    while done < len(part):
+        got = os.preadv(file, [part[done:]], offset + done)
+        if got == 0:
+            break
+        done += got
+    return done
