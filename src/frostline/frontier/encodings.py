@@ -35,6 +35,8 @@ _FLOATS = ("float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8
 _OTHERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
            "complex64", "complex128")  # fmt: skip
 _LARGEST_INT8 = 127
+#: The fewest values that share a scale of 4 bytes, unless the whole row has fewer.
+_VALUES_PER_SCALE = 8
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,8 @@ class Codec:
         shape: of one row.
 
     Example:
-        >>> codec = Codec(Column("x", "float32", "int8"), (2, 3))
-        >>> codec.row_bytes  # two scales of 4 bytes, six values of one
-        14
+        >>> Codec(Column("x", "float32", "int8"), (64, 7, 7)).row_bytes  # 64 scales of 4 bytes
+        3392
     """
 
     column: Column
@@ -115,8 +116,14 @@ class Codec:
 
     @functools.cached_property
     def _channel_axis(self) -> int | None:
-        """The axis of a row along which int8 scales differ; None: one scale for the row."""
-        return 0 if len(self.shape) > 1 else None
+        """The axis of a row along which int8 scales differ; None: one scale for the row.
+
+        The last of `(tokens, features)`, the first of `(channels, height, width)`; another one
+        where so few values would share a scale that the scales would outweigh what is saved.
+        """
+        axes = (1, 0) if len(self.shape) == 2 else (0,) if self.shape else ()
+        count = math.prod(self.shape)
+        return next((a for a in axes if count >= _VALUES_PER_SCALE * self.shape[a]), None)
 
     @functools.cached_property
     def _scales(self) -> tuple[int, ...]:

@@ -9,10 +9,12 @@ where a map would end the process.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -70,40 +72,17 @@ class Table:
 
     # -- where things are ------------------------------------------------------------------------
 
-    def _place(self, row: int, length: int) -> tuple[str, int, int]:
-        """File, offset and index of the block of a row.
+    def _places(self, rows: IntArray, length: int) -> _Places:
+        """Where rows of this length lie.
 
         Blocks of a ragged column are spaced for the next power of two of their length, in files
         of their own: what lies between them is never written and takes no room.
         """
         rung = max(0, length - 1).bit_length() if self.column.ragged else 0
-        slot = BLOCK_ROWS * self.codec(1 << rung).row_bytes
-        block, inner = divmod(row, BLOCK_ROWS)
-        segment, place = divmod(block, max(1, SEGMENT_BYTES // max(1, slot)))
-        name = f"{self._name}-{rung:02d}-{segment:06d}.rows"
-        return name, place * slot + inner * self.codec(length).row_bytes, segment
-
-    def _runs(self, rows: IntArray, lengths: IntArray, wanted: BoolArray) -> Iterator[_Run]:
-        """Stretches of wanted rows that lie side by side on disk in the order asked for."""
-        run: _Run | None = None
-        places = zip(rows.tolist(), lengths.tolist(), wanted.tolist(), strict=True)
-        for i, (row, length, is_wanted) in enumerate(places):
-            if not is_wanted:
-                continue
-            name, offset, _ = self._place(row, length)
-            size = self.codec(length).row_bytes
-            if (
-                run is not None
-                and (run.name, run.stop, run.size) == (name, i, size)
-                and run.offset + (run.stop - run.start) * size == offset
-            ):
-                run.stop = i + 1
-                continue
-            if run is not None:
-                yield run
-            run = _Run(name, offset, size, i, i + 1)
-        if run is not None:
-            yield run
+        size, slot = self.codec(length).row_bytes, BLOCK_ROWS * self.codec(1 << rung).row_bytes
+        blocks, inner = np.divmod(rows, BLOCK_ROWS)
+        segments, places = np.divmod(blocks, max(1, SEGMENT_BYTES // max(1, slot)))
+        return _Places(f"{self._name}-{rung:02d}", size, segments, places * slot + inner * size)
 
     # -- checksums -------------------------------------------------------------------------------
 
@@ -165,10 +144,11 @@ class Table:
     def write(self, first: int, raw: NDArray[np.uint8], length: int) -> None:
         """Put encoded rows from row `first` on, then their checksums."""
         rows = np.arange(first, first + len(raw))
-        name, offset, _ = self._place(first, length)
+        places = self._places(rows[:1], length)
         data = _bytes_of(np.ascontiguousarray(raw))
         if data.nbytes:
-            file = self._files.writable(name)
+            offset = int(places.offsets[0])
+            file = self._files.writable(places.name(int(places.segments[0])))
             _io.disk.allocate(file, offset, data.nbytes)
             _write_all(file, data, offset)
         entries = np.zeros(len(raw), self._entry)
@@ -225,16 +205,15 @@ class Table:
 
     def _pull(self, rows: IntArray, length: int, raw: NDArray[np.uint8]) -> BoolArray:
         """Fill `raw` with the bytes of these rows; whether each has its checksum."""
-        size = raw.shape[1]
-        fine = np.ones(len(rows), np.bool_)
-        flat = _bytes_of(raw)
-        if size:
-            lengths = np.full(len(rows), length)
-            for run in self._runs(rows, lengths, fine):
-                file = self._files.readable(run.name)
-                part = flat[run.start * size : run.stop * size]
-                got = 0 if file is None else _read_all(file, part, run.offset)
-                fine[run.start + got // size : run.stop] = False
+        flat, fine = _bytes_of(raw), np.ones(len(rows), np.bool_)
+        places = self._places(rows, length)
+        size = places.size
+        for start, stop, segment, offset in places.runs() if size else ():
+            file = self._files.readable(places.name(segment))
+            part = flat[start * size : stop * size]
+            got = 0 if file is None else _read_all(file, part, offset)
+            if got < len(part):
+                fine[start + got // size : stop] = False
         seeds = self._seeds(rows, length)
         found = np.array(self._checksums(flat, size, seeds), np.uint64)
         return fine & (found == self._sums[rows])
@@ -248,14 +227,26 @@ class Table:
         self._files.close()
 
 
-class _Run:
-    """Rows `start` to `stop` of a request, side by side in one file."""
+@dataclass(frozen=True)
+class _Places:
+    """Where some rows lie: one file per segment, an offset per row, `size` bytes each."""
 
-    __slots__ = ("name", "offset", "size", "start", "stop")
+    stem: str
+    size: int
+    segments: IntArray
+    offsets: IntArray
 
-    def __init__(self, name: str, offset: int, size: int, start: int, stop: int) -> None:
-        self.name, self.offset, self.size = name, offset, size
-        self.start, self.stop = start, stop
+    def name(self, segment: int) -> str:
+        return f"{self.stem}-{segment:06d}.rows"
+
+    def runs(self) -> Iterator[tuple[int, int, int, int]]:
+        """Start, stop, segment and offset of stretches that lie side by side, in this order."""
+        breaks = np.diff(self.offsets) != self.size
+        breaks |= np.diff(self.segments) != 0
+        starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+        stops = np.append(starts[1:], len(self.offsets))
+        chosen = (starts, stops, self.segments[starts], self.offsets[starts])
+        return zip(*(numbers.tolist() for numbers in chosen), strict=True)
 
 
 class _Files:
@@ -313,16 +304,20 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
     while data:
         written = _io.disk.pwrite(file, data, offset)
         if written <= 0:
-            raise OSError(5, "the disk took no bytes")
+            raise OSError(errno.EIO, "the disk took no bytes")
         data, offset = data[written:], offset + written
 
 
 def _read_all(file: int, part: memoryview, offset: int) -> int:
-    """Bytes read into `part`: fewer than asked for only where the file ends."""
+    """Bytes read into `part`: fewer than asked for where the file ends or the disk fails."""
     done = 0
-    while done < len(part):
-        got = os.preadv(file, [part[done:]], offset + done)
-        if got == 0:
-            break
-        done += got
+    try:
+        while done < len(part):
+            got = os.preadv(file, [part[done:]], offset + done)
+            if got == 0:
+                break
+            done += got
+    except OSError as error:
+        if error.errno != errno.EIO:  # a bad sector is damage like any other
+            raise
     return done

@@ -1,0 +1,448 @@
+"""From two recordings of a model to a script, and to what has to be stored.
+
+Two recordings of few samples, in other company and other number, tell which values belong to one
+sample each, which are the same for all, and which mix the samples of a batch. What mixes is
+never stored: it is computed again from what does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.tracing import tensors_in
+from frostline.errors import FrontierError
+from frostline.frontier.script import Call, Entry, Script, Spec, Verdict, call_name, same_constants
+from frostline.frontier.sessions import Recorder, overridden
+from frostline.frontier.standin import StandIn
+from frostline.frontier.structure import leaves_of, map_leaves
+from frostline.frontier.taint import Looks, Taint
+
+__all__ = ["Found", "Pattern", "Recording", "analyse", "batch_size", "record", "rows_of", "tolerance"]
+
+#: Largest difference between a sample's values in two batches, as a share of the largest value.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Where the samples are in a value.
+
+    Attributes:
+        dim: the dimension along which samples lie, -1 for a value that is the same for all.
+        each: entries of that dimension per sample.
+    """
+
+    dim: int
+    each: int = 1
+
+    def split(self, value: Tensor, samples: int) -> Tensor:
+        """Samples first: (N, ...)."""
+        moved = value.movedim(self.dim, 0)
+        if self.each == 1:
+            return moved
+        return moved.reshape(samples, self.each, *moved.shape[1:])
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        if self.each != 1:
+            rows = rows.reshape(-1, *rows.shape[2:])
+        return rows.movedim(0, self.dim)
+
+    def shape(self, spec: Spec, samples: int) -> tuple[int, ...]:
+        """The shape for a number of samples."""
+        if self.dim < 0:
+            return spec.shape
+        return (*spec.shape[: self.dim], samples * self.each, *spec.shape[self.dim + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One recorded pass.
+
+    Attributes:
+        recorder: what it saw.
+        outputs: numbers of the values in the model's output and in its modules' attributes.
+        samples: how many samples it had.
+    """
+
+    recorder: Recorder
+    outputs: frozenset[int]
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What analysing the recordings gave.
+
+    Attributes:
+        script: what to follow.
+        patterns: where the samples are, by value; values that mix samples are absent.
+        slots: numbers of the values to store, in order.
+        constants: numbers of the values that are the same for every sample.
+        needed: numbers of the values that may have to be computed from slots.
+        ends: (module, why) of the calls that could not be skipped although they hold frozen work.
+    """
+
+    script: Script
+    patterns: Mapping[int, Pattern]
+    slots: tuple[int, ...]
+    constants: frozenset[int]
+    needed: frozenset[int]
+    ends: tuple[tuple[str, str], ...]
+
+
+def batch_size(example: Example) -> int:
+    """Samples in a batch: the first dimension of its first tensor.
+
+    Raises:
+        FrontierError: no tensor with a dimension.
+    """
+    for tensor in tensors_in((example.args, dict(example.kwargs))):
+        if tensor.ndim:
+            return len(tensor)
+    raise FrontierError(
+        "find the samples of a batch",
+        found="no tensor among the model's arguments",
+        fix="a model that is called with tensors whose first dimension is the sample",
+    )
+
+
+def rows_of(example: Example, rows: Sequence[int]) -> Example:
+    """Some samples of a batch; tensors without the batch's first dimension stay whole."""
+    size = batch_size(example)
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size:
+            return leaf[list(rows)]
+        return leaf
+
+    args, kwargs = map_leaves((example.args, dict(example.kwargs)), take, objects=True)
+    return Example(args, kwargs)
+
+
+def record(model: nn.Module, example: Example, keep: Callable[[Tensor], None]) -> Recording:
+    """Run the model as it is on a few samples and write down what happens.
+
+    Call it inside `leave_untouched`.
+    """
+    args, kwargs = map_leaves((example.args, dict(example.kwargs)), _own, objects=True)
+    taint = Taint(model, list(tensors_in((args, kwargs))), keep)
+    recorder = Recorder(model, taint)
+    modules = {name: module for name, module in model.named_modules() if name}
+    wrap = lambda leaf: recorder.input(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    ins = map_leaves((args, kwargs), wrap, objects=True)
+    with overridden(modules, recorder.call), Looks(taint), taint, torch.enable_grad():
+        output = model(*ins[0], **ins[1])
+    leaving = set(_frozen_in(leaves_of(output).items))
+    for module in model.modules():
+        leaving |= set(_frozen_in(tensors_in(list(vars(module).values()))))
+    recorder.open = False
+    return Recording(recorder, frozenset(leaving), batch_size(example))
+
+
+def _own(leaf: Any) -> Any:
+    """A private copy: some models write into their input."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+
+def _frozen_in(leaves: Iterable[Any]) -> Iterable[int]:
+    return (x.node.id for x in leaves if type(x) is StandIn and not x.node.live)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference that other company in a batch may make; 0 for whole numbers."""
+    return _TOLERANCE.get(dtype, 0.0 if not dtype.is_floating_point else 6e-2)
+
+
+class _Unfit(Exception):
+    """A chosen call cannot be skipped after all."""
+
+    def __init__(self, call: int, why: str) -> None:
+        super().__init__(why)
+        self.call, self.why = call, why
+
+
+def analyse(
+    model: nn.Module,
+    one: Recording,
+    other: Recording,
+    shared: Sequence[tuple[int, int]],
+    split: Collection[str] = (),
+) -> Found:
+    """What to skip, what to store and what to compute again.
+
+    Args:
+        model: the model recorded.
+        one: the first recording.
+        other: a recording of another number of samples.
+        shared: pairs of (place in `one`, place in `other`) of the same samples.
+        split: names of modules that must be skipped by themselves, not inside a larger one.
+
+    Raises:
+        FrontierError: the recordings differ in more than numbers, or a frozen value was
+            overwritten through another tensor.
+    """
+    _check_same_path(one.recorder, other.recorder)
+    patterns = _patterns(one, other, shared)
+    unfit: dict[int, str] = {}
+    while True:
+        chosen = _choose(one.recorder.calls, unfit, frozenset(split))
+        try:
+            script = _script(model, one, chosen)
+            _mark_varying(script, other.recorder)
+            slots, constants, needed = _slots(script, patterns, chosen, one.recorder)
+        except _Unfit as found:
+            unfit[found.call] = found.why
+        else:
+            break
+    ends = _ends(one.recorder, chosen, unfit)
+    return Found(script, patterns, slots, constants, needed, ends)
+
+
+def _check_same_path(one: Recorder, other: Recorder) -> None:
+    for a, b in zip(one.entries, other.entries, strict=False):
+        same = a.what == b.what and a.parents == b.parents and a.made == b.made
+        if not same or a.verdict is not b.verdict:
+            raise FrontierError(
+                "record the frozen region",
+                found=f"the model takes another path for other samples: {a.title}, {b.title}",
+                fix="nothing to do: the full forward pass is taken",
+            )
+    if len(one.entries) != len(other.entries) or len(one.calls) != len(other.calls):
+        raise FrontierError(
+            "record the frozen region",
+            found="the model does more for some samples than for others",
+            fix="nothing to do: the full forward pass is taken",
+        )
+
+
+def _patterns(
+    one: Recording, other: Recording, shared: Sequence[tuple[int, int]]
+) -> dict[int, Pattern]:
+    found: dict[int, Pattern] = {}
+    for number, value in one.recorder.values.items():
+        twin = other.recorder.values[number]
+        pattern = _pattern(value, twin, one.samples, other.samples)
+        if pattern is not None and _agrees(pattern, value, twin, one, other, shared):
+            found[number] = pattern
+    return found
+
+
+def _pattern(value: Tensor, twin: Tensor, samples: int, others: int) -> Pattern | None:
+    if value.dtype != twin.dtype or value.ndim != twin.ndim:
+        return None
+    dims = [d for d, (a, b) in enumerate(zip(value.shape, twin.shape, strict=True)) if a != b]
+    if not dims:
+        return Pattern(-1)
+    if len(dims) > 1:
+        return None
+    dim = dims[0]
+    each, rest = divmod(value.shape[dim], samples)
+    fits = not rest and each * others == twin.shape[dim]
+    return Pattern(dim, each) if fits else None
+
+
+def _agrees(
+    pattern: Pattern,
+    value: Tensor,
+    twin: Tensor,
+    one: Recording,
+    other: Recording,
+    shared: Sequence[tuple[int, int]],
+) -> bool:
+    if pattern.dim < 0:
+        return _equal_bits(value, twin)
+    a, b = pattern.split(value, one.samples), pattern.split(twin, other.samples)
+    return all(close(a[i], b[j]) for i, j in shared)
+
+
+def _equal_bits(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(
+        torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+    )
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether two computations of one value agree within `tolerance`."""
+    if one.shape != other.shape:
+        return False
+    allowed = tolerance(one.dtype if not one.dtype.is_complex else torch.float32)
+    if not allowed:
+        return bool(torch.equal(one, other))
+    a, b = (torch.nan_to_num(t.to(torch.complex128 if t.is_complex() else torch.float64))
+            for t in (one, other))  # fmt: skip
+    largest = float(a.abs().max()) if a.numel() else 0.0
+    return bool(((a - b).abs() <= allowed * largest + 1e-30).all())
+
+
+def _choose(calls: Sequence[Call], unfit: Mapping[int, str], split: frozenset[str]) -> set[int]:
+    """The outermost calls that can be skipped."""
+    chosen: set[int] = set()
+    for index, call in enumerate(calls):
+        if any(around in chosen for around in call.around):
+            continue
+        holds = any(name != call.name and name.startswith(call.name + ".") for name in split)
+        works = call.end > call.begin
+        if call.unfit is None and call.entry is not None and index not in unfit and works:
+            if not holds:
+                chosen.add(index)
+    return chosen
+
+
+def _script(model: nn.Module, recording: Recording, chosen: set[int]) -> Script:
+    recorder = recording.recorder
+    events: list[tuple[int, int, Entry]] = []
+    for index in chosen:
+        call = recorder.calls[index]
+        if call.entry is not None:
+            events.append((call.begin, 0, replace(call.entry)))
+    for place, entry in enumerate(recorder.entries):
+        if not chosen.intersection(entry.calls):
+            events.append((place, 1, replace(entry)))
+    events.sort(key=lambda event: event[:2])
+    inputs = next((min(e.made) for e in recorder.entries if e.made), len(recorder.specs))
+    entries = [entry for _, _, entry in events]
+    _check_available(recorder, entries, recording.outputs, chosen, inputs)
+    skipped: dict[str, set[int]] = {}
+    for index in chosen:
+        call = recorder.calls[index]
+        skipped.setdefault(call.name, set()).add(call.number)
+    scripted = frozenset(
+        n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)
+    )
+    return Script(
+        tuple(entries),
+        {name: frozenset(numbers) for name, numbers in skipped.items()},
+        inputs,
+        scripted,
+        recording.outputs,
+    )
+
+
+def _check_available(
+    recorder: Recorder,
+    entries: Sequence[Entry],
+    outputs: frozenset[int],
+    chosen: set[int],
+    inputs: int,
+) -> None:
+    """Every value read must be an input or come out of something that is not skipped."""
+    there = set(range(inputs))
+    for entry in entries:
+        if entry.stale:
+            raise FrontierError(
+                "replay the frozen region",
+                found=f"{entry.title} reads a value that was overwritten through another tensor",
+                fix="nothing to do: the full forward pass is taken",
+            )
+        for number in entry.parents:
+            if number not in there:
+                raise _escaped(recorder, number, chosen)
+        there.update(entry.made)
+    for number in outputs - there:
+        raise _escaped(recorder, number, chosen)
+
+
+def _escaped(recorder: Recorder, number: int, chosen: set[int]) -> Exception:
+    for entry in recorder.entries:
+        if number in entry.made:
+            for index in entry.calls:
+                if index in chosen:
+                    return _Unfit(index, "hands a value on by another way than its result")
+    return FrontierError(
+        "replay the frozen region",
+        found="a value of unknown origin",
+        fix="nothing to do: the full forward pass is taken",
+    )
+
+
+def _mark_varying(script: Script, other: Recorder) -> None:
+    """Arguments that are other numbers for another number of samples are not compared."""
+    calls = {(c.name, c.number): c.entry for c in other.calls}
+    twins: dict[Any, Any] = {}
+    for entry in other.entries:
+        twins.setdefault((str(entry.what), entry.parents, entry.made), []).append(entry)
+    for entry in script.entries:
+        if entry.verdict is Verdict.CALL:
+            twin = calls.get(entry.what)
+        else:
+            same = twins.get((str(entry.what), entry.parents, entry.made))
+            twin = same.pop(0) if same else None
+        entry.varying = twin is None or not same_constants(entry.constants, twin.constants)
+
+
+def _slots(
+    script: Script, patterns: Mapping[int, Pattern], chosen: set[int], recorder: Recorder
+) -> tuple[tuple[int, ...], frozenset[int], frozenset[int]]:
+    """Which needed values to store, which are constant, which to compute from the others."""
+    reads = (Verdict.LIVE, Verdict.LOOK, Verdict.EAGER)
+    wanted = {p for e in script.entries if e.verdict in reads for p in e.parents} | script.outputs
+    skips = _behind_skips(script)
+    slots: set[int] = set()
+    constants: set[int] = set()
+    computed: set[int] = set()
+
+    def settle(number: int) -> None:
+        if number in slots or number in constants or number in computed:
+            return
+        pattern, producer = patterns.get(number), script.producers.get(number)
+        if producer is None:
+            slots.add(number)
+        elif pattern is not None and pattern.dim < 0:
+            constants.add(number)
+        elif producer.verdict is Verdict.CALL:
+            if pattern is None:
+                raise _Unfit(_index(recorder, producer), "mixes the samples of a batch, or chance")
+            slots.add(number)
+        else:
+            known = slots | constants | computed
+            stored = pattern is not None and producer.verdict is Verdict.GLUE
+            if stored and number in skips and not known.issuperset(producer.parents):
+                slots.add(number)
+                return
+            for parent in producer.parents:
+                settle(parent)
+            computed.add(number)
+
+    for number in sorted(wanted):
+        settle(number)
+    return tuple(sorted(slots)), frozenset(constants), frozenset(computed)
+
+
+def _behind_skips(script: Script) -> set[int]:
+    """Values that depend on a skipped call, or on a parameter used by a function."""
+    found: set[int] = set()
+    for entry in script.entries:
+        if entry.verdict is Verdict.CALL or not found.isdisjoint(entry.parents) or entry.where:
+            found.update(entry.made)
+    return found
+
+
+def _index(recorder: Recorder, entry: Entry) -> int:
+    return next(i for i, c in enumerate(recorder.calls) if (c.name, c.number) == entry.what)
+
+
+def _ends(
+    recorder: Recorder, chosen: set[int], unfit: Mapping[int, str]
+) -> tuple[tuple[str, str], ...]:
+    """Innermost calls that do some frozen work and still run, with the reason."""
+    ends: dict[str, str] = {}
+    for index, call in enumerate(recorder.calls):
+        why = unfit.get(index) or call.unfit
+        if why is None or index in chosen:
+            continue
+        ends.setdefault(call_name(call.name, call.number), why)
+    inner = {
+        name: why
+        for name, why in ends.items()
+        if not any(other.startswith(name + ".") for other in ends)
+    }
+    return tuple(inner.items())

@@ -1,0 +1,524 @@
+"""What training will cost at every depth of freezing, with and without the cache, foretold.
+
+Depth counts frozen layer groups from the input: 0, 1, ... all but the head. At a few depths,
+the anchors, real training steps are run (`frostline.frontier.trial`) and timed, the frozen region
+is found, filled once and replayed, and the growth of the peak of memory is read. Between two anchors a
+figure follows the sum of the measured costs of the groups: it moves from the one anchor to the
+other by the share of the way that the sum has gone. The bytes of a stored sample are asked of
+the region itself at every depth.
+
+From these parts `foretell_epochs` is arithmetic, without any measurement: epochs from steps, the
+first epoch with the filling of the cache in it, and after how many epochs the cache has paid.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.measure import measure_costs
+from frostline.backends.torch.tracing import tensors_in
+from frostline.cost import predicted_step_s
+from frostline.errors import FrontierError
+from frostline.frontier.region import Region, find_region
+from frostline.frontier.trial import Recipe, Rehearsal, rehearsal
+from frostline.groups import GroupCost, LayerGroups
+from frostline.plan import FreezePlan
+
+__all__ = [
+    "LEAST_GAIN",
+    "DepthCost",
+    "EpochCost",
+    "StepCosts",
+    "Workload",
+    "anchors_among",
+    "foretell_epochs",
+    "foretell_steps",
+]
+
+#: Share of a run's time that a cache must save to be worth its disk and its risk.
+LEAST_GAIN = 0.05
+ANCHORS = 5
+#: Samples that are enough to find a region.
+FEW = 4
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DepthCost:
+    """What one step costs with this many groups frozen.
+
+    Attributes:
+        depth: frozen groups, counted from the input.
+        frozen: their names.
+        step_s: seconds of one training step without the cache.
+        cached_step_s: seconds of one step on stored samples, without reading them; None where
+            nothing can be skipped.
+        fill_s: seconds to compute what is stored for the samples of one batch.
+        eval_s: seconds to validate one batch.
+        cached_eval_s: seconds to validate one batch of stored samples.
+        row_bytes: bytes stored per sample, as they are in memory.
+        peak_memory_bytes: weights, and the most memory in use above them during steps without
+            the cache; None where it cannot be known.
+        tried: whether steps were run at this depth; figures of others lie between two that were.
+        refused: why nothing can be skipped, in words; empty where something can.
+    """
+
+    depth: int
+    frozen: tuple[str, ...]
+    step_s: float
+    cached_step_s: float | None
+    fill_s: float | None
+    eval_s: float
+    cached_eval_s: float | None
+    row_bytes: int | None
+    peak_memory_bytes: int | None
+    tried: bool
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """What steps cost at every depth, for one model and one batch.
+
+    Attributes:
+        batch_size: samples in the batch.
+        depths: one entry per depth, from 0.
+        spent_s: seconds the prediction itself took.
+    """
+
+    batch_size: int
+    depths: tuple[DepthCost, ...]
+    spent_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What an epoch consists of, besides steps.
+
+    Attributes:
+        samples: training samples, >= 1.
+        val_samples: samples of each validation.
+        load_s: seconds to prepare one training sample.
+        val_load_s: seconds to prepare one validation sample.
+        read_s: seconds to read one byte from the store.
+        write_s: seconds to write one byte into the store.
+        workers: processes that prepare samples; 0: the training process itself.
+        cores: processors that they share with training.
+        views: stored views per sample, >= 1.
+        epochs: length of the run, >= 1: for the gain and the advice.
+        extra_s: seconds of each epoch that no freezing changes (checkpoints).
+    """
+
+    samples: int
+    val_samples: int = 0
+    load_s: float = 0.0
+    val_load_s: float = 0.0
+    read_s: float = 0.0
+    write_s: float = 0.0
+    workers: int = 0
+    cores: int = 1
+    views: int = 1
+    epochs: int = 10
+    extra_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EpochCost:
+    """What epochs cost at one depth. None where nothing can be cached.
+
+    Attributes:
+        step: the costs of a step.
+        epoch_s: seconds of an epoch without the cache: preparing samples, steps, validation.
+        first_epoch_s: seconds of the first epoch with the cache, which fills it.
+        cached_epoch_s: seconds of an epoch once all samples are stored.
+        break_even_epochs: the number of epochs from which on a run with the cache is the shorter
+            one; None where it never is.
+        disk_bytes: bytes of the store: rows of all samples in all views.
+        gain: share of the run's time that the cache saves, negative where it loses.
+        advice: "cache", or why not.
+    """
+
+    step: DepthCost
+    epoch_s: float
+    first_epoch_s: float | None
+    cached_epoch_s: float | None
+    break_even_epochs: int | None
+    disk_bytes: int | None
+    gain: float | None
+    advice: str
+
+    @property
+    def worth_caching(self) -> bool:
+        """Whether the cache is expected to pay within the run."""
+        return self.advice == "cache"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: the fields of both, on one level."""
+        own = {k: v for k, v in asdict(self).items() if k != "step"}
+        return {**asdict(self.step), **own, "worth_caching": self.worth_caching}
+
+
+# -- from steps to epochs --------------------------------------------------------------------
+
+
+def foretell_epochs(steps: StepCosts, work: Workload) -> tuple[EpochCost, ...]:
+    """Epochs at every depth, with and without the cache.
+
+    Validation samples are stored like training samples, in one view.
+
+    Example:
+        >>> cost = DepthCost(1, ("a",), 1.0, 0.25, 0.5, 0.4, 0.1, 100, None, tried=True)
+        >>> [epoch] = foretell_epochs(StepCosts(10, (cost,)), Workload(samples=40, epochs=4))
+        >>> epoch.epoch_s, epoch.first_epoch_s, epoch.cached_epoch_s, epoch.break_even_epochs
+        (4.0, 3.0, 1.0, 1)
+        >>> epoch.gain, epoch.advice
+        (0.625, 'cache')
+    """
+    return tuple(_epochs_at(cost, steps.batch_size, work) for cost in steps.depths)
+
+
+def _epochs_at(cost: DepthCost, batch_size: int, work: Workload) -> EpochCost:
+    steps, validations = work.samples / batch_size, work.val_samples / batch_size
+    load = _with_workers(work, work.samples * work.load_s, steps * cost.step_s)
+    val_load = _with_workers(work, work.val_samples * work.val_load_s, validations * cost.eval_s)
+    epoch = load + val_load + work.extra_s
+    if (
+        cost.cached_step_s is None
+        or cost.fill_s is None
+        or cost.cached_eval_s is None
+        or cost.row_bytes is None
+    ):
+        return EpochCost(cost, epoch, None, None, None, None, None, f"no: {cost.refused}")
+    stored = work.samples + work.val_samples
+    cached = (
+        steps * cost.cached_step_s
+        + validations * cost.cached_eval_s
+        + stored * cost.row_bytes * work.read_s
+        + work.extra_s
+    )
+    fill, val_fill = (
+        _with_workers(work, count * load_s, count * each)
+        for count, load_s, each in (
+            (work.samples, work.load_s, _fill_s(cost, batch_size, work)),
+            (work.val_samples, work.val_load_s, _fill_s(cost, batch_size, work)),
+        )
+    )
+    gain = 1 - _run_s(cached, fill, val_fill, work.views, work.epochs) / (work.epochs * epoch)
+    even = _break_even(epoch, cached, fill, val_fill, work.views)
+    return EpochCost(
+        step=cost,
+        epoch_s=epoch,
+        first_epoch_s=cached + fill + val_fill,
+        cached_epoch_s=cached,
+        break_even_epochs=even,
+        disk_bytes=cost.row_bytes * (work.samples * work.views + work.val_samples),
+        gain=gain,
+        advice=_advice(gain, even, work.epochs),
+    )
+
+
+def _with_workers(work: Workload, preparing_s: float, computing_s: float) -> float:
+    """Seconds of preparing and computing: one after the other, or beside each other."""
+    if not work.workers:
+        return preparing_s + computing_s
+    beside = max(preparing_s / work.workers, computing_s)
+    return max(beside, (preparing_s + computing_s) / max(1, min(work.cores, work.workers + 1)))
+
+
+def _fill_s(cost: DepthCost, batch_size: int, work: Workload) -> float:
+    """Seconds to compute and write what is stored of one sample."""
+    return (cost.fill_s or 0.0) / batch_size + (cost.row_bytes or 0) * work.write_s
+
+
+def _run_s(cached: float, fill: float, val_fill: float, views: int, epochs: int) -> float:
+    return epochs * cached + min(views, epochs) * fill + val_fill
+
+
+def _break_even(
+    epoch: float, cached: float, fill: float, val_fill: float, views: int
+) -> int | None:
+    """The least number of epochs, from which on the cached run stays the shorter one."""
+    saved = epoch - cached
+    if saved <= 0:
+        return None
+    if (saved - fill) > 0:  # pays while it is still filled
+        early = max(1, math.ceil(val_fill / (saved - fill)))
+        if early <= views:
+            return early
+    return max(1, math.ceil((views * fill + val_fill) / saved))
+
+
+def _advice(gain: float, even: int | None, epochs: int) -> str:
+    if gain >= LEAST_GAIN:
+        return "cache"
+    if even is not None and even > epochs:
+        return f"no: it pays after {even} epochs, and the run has {epochs}"
+    if gain > 0:
+        return f"no: it would save {100 * gain:.1f} %, less than {100 * LEAST_GAIN:.0f} %"
+    return "no: it would save nothing"
+
+
+# -- steps -----------------------------------------------------------------------------------
+
+
+def foretell_steps(
+    model: nn.Module,
+    groups: LayerGroups,
+    example: Example | Tensor | Mapping[str, Any],
+    recipe: Recipe | None = None,
+    *,
+    anchors: int = ANCHORS,
+    times: int = 3,
+    progress: Progress | None = None,
+) -> StepCosts:
+    """What a step costs at every depth, from trial steps at some of them.
+
+    The model is afterwards what it was, to the bit. Takes about 10 steps per anchor, and 8 more
+    where the groups come without measured costs; for that time there is a second copy of the
+    weights, and once the gradients and the optimizer state of full fine-tuning.
+
+    Args:
+        model: the model, on its device.
+        groups: its layer groups; their costs are measured if they were not yet.
+        example: a batch of the size and shape that training will have.
+        recipe: loss, optimizer and what else is in a step; AdamW by default.
+        anchors: depths at which steps are run, >= 2.
+        times: runs of each timed piece of work, of which the least counts.
+        progress: receives a line when a part of the work begins.
+
+    Raises:
+        FrontierError: the batch has no samples dimension, or the output no gradient.
+        ModelError: the model cannot run on the batch.
+
+    Example:
+        >>> from frostline.backends.torch.grouping import layer_groups
+        >>> parts = (nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        >>> model, batch = nn.Sequential(*parts), torch.randn(8, 4)
+        >>> costs = foretell_steps(model, layer_groups(model, batch), batch)
+        >>> [(c.depth, c.row_bytes) for c in costs.depths]
+        [(0, None), (1, 256), (2, 256)]
+    """
+    started = time.perf_counter()
+    say = progress or (lambda _: None)
+    batch = Example.of(example)
+    size = samples_in(batch)
+    if not groups.measured:
+        say(f"costs of {len(groups)} layer groups, on a batch of {size}")
+        groups = measure_costs(model, groups, batch, repeats=1)
+    shape = _Shape.of(model, groups)
+    tried = anchors_among(shape, anchors)
+    with rehearsal(model, groups, batch, recipe or Recipe()) as stage:
+        found = _Found(stage, _few_samples(batch, size), times)
+        for depth in reversed(tried):  # memory grows: what was freed cannot hide what comes
+            say(f"steps with {depth} of {len(groups)} groups frozen")
+            found.plain(depth)
+        for depth in shape.depths:
+            if depth in tried:
+                say(f"cached steps with {depth} of {len(groups)} groups frozen")
+            found.cached(depth, run=depth in tried)
+    depths = tuple(_cost_at(d, groups, shape, found, tried) for d in shape.depths)
+    return StepCosts(size, depths, time.perf_counter() - started)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Sums of group costs by depth: how figures move between anchors, not where they are."""
+
+    step: tuple[float, ...]
+    cached: tuple[float, ...]
+    fill: tuple[float, ...]
+    memory: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, groups: LayerGroups) -> _Shape:
+        last = min((g.depth for g in groups if g.name in groups.head), default=len(groups) - 1)
+        plans = [FreezePlan(frozen=frozenset(groups.names[:d])) for d in range(last + 1)]
+        costs = [g.cost or GroupCost() for g in groups]
+        frozen = [c.forward_s if c.frozen_forward_s is None else c.frozen_forward_s for c in costs]
+        return cls(
+            step=tuple(predicted_step_s(groups, p) for p in plans),
+            cached=tuple(predicted_step_s(groups, p, frozen_prefix_cached=True) for p in plans),
+            fill=tuple(sum(frozen[:d]) for d in range(last + 1)),
+            memory=tuple(
+                float(
+                    sum(c.activation_bytes for c in costs[d:])
+                    + 3 * sum(p.size_bytes for g in groups[d:] for p in g.parameters)
+                )
+                for d in range(last + 1)
+            ),
+        )
+
+    @property
+    def depths(self) -> range:
+        return range(len(self.step))
+
+
+def anchors_among(shape: _Shape, count: int) -> tuple[int, ...]:
+    """The depths at which steps are run: both ends, then where figures change most in between.
+
+    Args:
+        shape: sums of group costs by depth.
+        count: how many, >= 2.
+    """
+    last = len(shape.step) - 1
+    chosen = sorted({0, last})
+
+    def change(pair: tuple[int, int]) -> float:
+        one, other = pair
+        return sum(
+            abs(math.log(max(values[one], 1e-9) / max(values[other], 1e-9)))
+            for values in (shape.step, shape.cached)
+        )
+
+    while len(chosen) < min(count, last + 1):
+        gaps = [(a, b) for a, b in zip(chosen, chosen[1:], strict=False) if b - a > 1]
+        one, other = max(gaps, key=change)
+        middles = range(one + 1, other)
+        middle = min(middles, key=lambda m: abs(change((one, m)) - change((m, other))))
+        chosen = sorted({*chosen, middle})
+    return tuple(chosen)
+
+
+class _Found:
+    """Figures by depth, as they were measured."""
+
+    def __init__(self, stage: Rehearsal, few: Example, times: int) -> None:
+        self._stage = stage
+        self._few = few
+        self._times = times
+        self.step: dict[int, float] = {}
+        self.evaluation: dict[int, float] = {}
+        self.memory: dict[int, float] = {}
+        self.cached_step: dict[int, float] = {}
+        self.fill: dict[int, float] = {}
+        self.row_bytes: dict[int, int] = {}
+        self.refused: dict[int, str] = {}
+        self._weights = sum(t.nbytes for t in (*stage.model.parameters(), *stage.model.buffers()))
+        stage.memory.start()
+
+    def plain(self, depth: int) -> None:
+        """Steps without the cache."""
+        stage = self._stage
+        stage.freeze(depth)
+        self.step[depth] = stage.seconds(stage.step, times=self._times)
+        grown = stage.memory.read()
+        if grown is not None:
+            self.memory[depth] = self._weights + grown
+        self.evaluation[depth] = stage.seconds(stage.evaluate, times=self._times - 1)
+
+    def cached(self, depth: int, *, run: bool) -> None:
+        """The region at this depth, and steps on stored rows where asked for."""
+        if not depth:
+            self.refused[0] = "nothing is frozen"
+            return
+        stage = self._stage
+        stage.freeze(depth)
+        try:
+            region = find_region(stage.model, self._few)
+            if region.empty:
+                self.refused[depth] = _why_empty(region)
+                return
+            self.row_bytes[depth] = sum(slot.bytes for slot in region.slots)
+            if run:
+                self._replay(depth, region)
+        except FrontierError as error:
+            self.refused[depth] = f"{error.asked}: {error.found}"
+
+    def _replay(self, depth: int, region: Region) -> None:
+        stage = self._stage
+        fill = partial(region.fill, stage.example)
+        self.fill[depth] = stage.seconds(fill, times=self._times - 1)
+        replay = partial(region.run, stage.example, fill())
+        self.cached_step[depth] = stage.seconds(lambda: stage.step(replay), times=self._times)
+
+
+def _why_empty(region: Region) -> str:
+    ends = [f"{ending.module}: {ending.why}" for ending in region.ends[:1]]
+    return f"nothing can be skipped{''.join(f' ({end})' for end in ends)}"
+
+
+def _cost_at(
+    depth: int, groups: LayerGroups, shape: _Shape, found: _Found, tried: Sequence[int]
+) -> DepthCost:
+    cached = None if depth in found.refused else _between(found.cached_step, shape.cached, depth)
+    fill = None if depth in found.refused else _between(found.fill, shape.fill, depth)
+    memory = _between(found.memory, shape.memory, depth)
+    evaluation = min(found.evaluation.values())
+    share = shape.fill[depth] / sum((g.cost or GroupCost()).frozen_forward_s or 0.0 for g in groups)
+    return DepthCost(
+        depth=depth,
+        frozen=groups.names[:depth],
+        step_s=_between(found.step, shape.step, depth) or 0.0,
+        cached_step_s=cached,
+        fill_s=fill,
+        eval_s=evaluation,
+        cached_eval_s=None if cached is None else min(cached, evaluation * (1 - share)),
+        row_bytes=found.row_bytes.get(depth),
+        peak_memory_bytes=None if memory is None else round(memory),
+        tried=depth in tried,
+        refused=found.refused.get(depth, ""),
+    )
+
+
+def _between(known: Mapping[int, float], shape: Sequence[float], depth: int) -> float | None:
+    """A figure at a depth from those at its two nearest anchors.
+
+    Example:
+        >>> _between({0: 10.0, 2: 20.0}, [1.0, 4.0, 5.0], 1)
+        17.5
+    """
+    if depth in known:
+        return known[depth]
+    below = max((d for d in known if d < depth), default=None)
+    above = min((d for d in known if d > depth), default=None)
+    if below is None or above is None:
+        # Beyond the last anchor at which it could be measured: in proportion to the nearest one.
+        near = below if below is not None else above
+        if near is None:
+            return None
+        return known[near] * (shape[depth] / shape[near] if shape[near] else 1.0)
+    way = shape[above] - shape[below]
+    gone = (shape[depth] - shape[below]) / way if way else 0.5
+    return known[below] + min(1.0, max(0.0, gone)) * (known[above] - known[below])
+
+
+def samples_in(example: Example) -> int:
+    """Samples in a batch: the first size of its first tensor.
+
+    Raises:
+        FrontierError: no tensor with dimensions.
+    """
+    sizes = [len(t) for t in tensors_in((example.args, dict(example.kwargs))) if t.ndim]
+    if not sizes:
+        raise FrontierError(
+            "foretell what training costs",
+            found="an example without a tensor that has samples",
+            fix="a batch as the model is called in training: Example(args=(batch,))",
+        )
+    return sizes[0]
+
+
+def _few_samples(example: Example, size: int) -> Example:
+    """The first samples of a batch, enough to find a region."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:FEW] if value.ndim and len(value) == size else value
+        if isinstance(value, Mapping):
+            return {k: cut(v) for k, v in value.items()}
+        return [cut(v) for v in value] if isinstance(value, list) else value
+
+    if size <= FEW:
+        return example
+    args, kwargs = tuple(cut(v) for v in example.args), cut(dict(example.kwargs))
+    return replace(example, args=args, kwargs=kwargs)

@@ -1,0 +1,537 @@
+"""The frozen region of a model: found, computed apart, and left out.
+
+Example:
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> _ = model[0].requires_grad_(False)
+    >>> batch = Example.of(torch.randn(6, 4))
+    >>> region = find_region(model, batch)
+    >>> region.skipped
+    ('0', '1')
+    >>> rows = region.fill(batch)
+    >>> torch.equal(region.run(batch, rows), model(*batch.args))
+    True
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from frostline.backends.torch.digest import unwrapped
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.tracing import leave_untouched
+from frostline.errors import FrontierError
+from frostline.frontier.finding import (
+    Found,
+    Pattern,
+    analyse,
+    batch_size,
+    close,
+    record,
+    rows_of,
+)
+from frostline.frontier.script import ReplayDiverged, Spec, Verdict, call_name
+from frostline.frontier.sessions import AllFilled, Filler, Replayer, overridden, real_leaves
+from frostline.frontier.standin import StandIn
+from frostline.frontier.state import Settings
+from frostline.frontier.structure import leaves_of, map_leaves, tensors_of
+
+__all__ = ["Ending", "Region", "ReplayDiverged", "Slot", "find_region"]
+
+#: Pairs of samples tried for the second recording, which must take the same path as the first.
+_PAIRS = ((2, 0), (1, 0), (2, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of the frontier, stored per sample.
+
+    Attributes:
+        name: what makes it, e.g. "layer3" or "flatten"; "input" for a tensor of the batch.
+        number: its number in the recording.
+        shape: of one sample, in the example it was found with.
+        dtype: of the value.
+        pattern: where the samples are in the value.
+    """
+
+    name: str
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pattern: Pattern
+
+    @property
+    def bytes(self) -> int:
+        """Bytes per sample of this shape."""
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a module that holds frozen work is run and not skipped.
+
+    Attributes:
+        module: its name.
+        why: for people.
+    """
+
+    module: str
+    why: str
+
+
+@dataclass(slots=True)
+class _Tape:
+    """What values look like for one kind of batch, and those that are the same for all samples."""
+
+    specs: dict[int, Spec]
+    constants: dict[int, Tensor]
+    samples: int
+
+
+def find_region(model: nn.Module, example: Example, *, split: Collection[str] = ()) -> Region:
+    """Find what of a model need not be computed again, under its present state.
+
+    Frozen is what depends on no parameter that requires grad, on no random number and on no
+    statistic of the batch. The model runs a few times on three samples and is left as it was.
+
+    Args:
+        model: as it is trained: `requires_grad` and modes as the plan sets them.
+        example: a batch of at least 3 different samples, samples first.
+        split: names of modules that must be skipped by themselves, not inside a larger one.
+
+    Raises:
+        FrontierError: the model cannot be replayed; says which module and why.
+    """
+    root = unwrapped(model)
+    _check_kind(model)
+    size = batch_size(example)
+    if size < 3:
+        raise FrontierError(
+            "find the frozen region",
+            found=f"a batch of {size}, in which samples cannot be told apart",
+            fix="a batch of at least 3 samples",
+        )
+    failures: list[FrontierError] = []
+    for pair in _PAIRS:
+        try:
+            with leave_untouched(root) as keep:
+                return _find(root, example, pair, keep, split)
+        except FrontierError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _find(
+    root: nn.Module,
+    example: Example,
+    pair: tuple[int, int],
+    keep: Callable[[Tensor], None],
+    split: Collection[str],
+) -> Region:
+    three = rows_of(example, (0, 1, 2))
+    try:
+        with torch.no_grad():
+            own = rows_of(three, (0, 1, 2))
+            root(*own.args, **own.kwargs)  # modules swapped and caches filled at the first pass
+        one = record(root, three, keep)
+        other = record(root, rows_of(example, pair), keep)
+    except FrontierError:
+        raise
+    except Exception as error:
+        raise FrontierError(
+            f"record the frozen region of {type(root).__name__}",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            fix="nothing to do: the full forward pass is taken",
+        ) from error
+    shared = [(sample, place) for place, sample in enumerate(pair)]
+    found = analyse(root, one, other, shared, split)
+    tape = _Tape(
+        dict(one.recorder.specs),
+        {n: one.recorder.values[n] for n in found.constants},
+        one.samples,
+    )
+    region = Region(root, found, three, tape, one.recorder.places)
+    return region
+
+
+def _check_kind(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise FrontierError(
+            "replay the frozen region of a DataParallel model",
+            found="threads that share one model",
+            fix="DistributedDataParallel, one process per device",
+        )
+
+
+class Region:
+    """A frozen region and how to do without it. Made by `find_region`.
+
+    Attributes:
+        slots: what is stored per sample.
+        skipped: module calls that are left out, "layer1", or "layer1#2" for a second call.
+        ends: modules with frozen work that are run all the same, and why.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        found: Found,
+        example: Example,
+        tape: _Tape,
+        places: Mapping[int, str],
+    ) -> None:
+        self._root = root
+        self._found = found
+        self._names = _input_names(example)
+        self._tapes: dict[Any, _Tape] = {self._signature(example): tape}
+        self._modules = {name: root.get_submodule(name) for name in found.script.skipped}
+        self._modules |= {name: root.get_submodule(name) for name in found.script.scripted}
+        self.slots = self._make_slots(tape, places)
+        self.skipped = tuple(
+            entry.title for entry in found.script.entries if entry.verdict is Verdict.CALL
+        )
+        self.ends = tuple(Ending(module, why) for module, why in found.ends)
+        self._by_name = {slot.name: slot for slot in self.slots}
+        self._by_number = {slot.number: slot for slot in self.slots}
+        self._settings = Settings(self._settled())
+        self._fixed = self._fixed_inputs(example)
+        self._may_look = any(
+            e.verdict in (Verdict.LOOK, Verdict.EAGER) for e in found.script.entries
+        )
+        self._live_first = self._live_before_last_slot()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to gain: no value beyond the inputs is stored."""
+        return all(slot.number < self._found.script.inputs for slot in self.slots) and not (
+            self.slots == () and self.skipped
+        )
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of all modules whose work is skipped, their submodules included."""
+        names = []
+        for name, module in self._modules.items():
+            names += [f"{name}.{inner}" if inner else name for inner, _ in module.named_modules()]
+        for entry in self._found.script.entries:
+            if entry.verdict in (Verdict.GLUE, Verdict.EAGER):
+                names.append(entry.where)
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slots per sample of the example's shape."""
+        return sum(slot.bytes for slot in self.slots)
+
+    # -- compute -----------------------------------------------------------------------------
+
+    def fill(self, example: Example) -> dict[str, Tensor]:
+        """Compute the frozen part only, and give what is to be stored: (N, ...) by slot name.
+
+        The model is left as it was.
+
+        Args:
+            example: a batch of any number of samples.
+
+        Raises:
+            ReplayDiverged: the model took another path than when it was recorded.
+        """
+        kept, _ = self._filled(example)
+        samples = batch_size(example)
+        return {
+            slot.name: slot.pattern.split(kept[slot.number], samples).contiguous()
+            for slot in self.slots
+        }
+
+    def _filled(self, example: Example) -> tuple[dict[int, Tensor], Filler]:
+        wanted = frozenset(self._by_number) | self._found.constants
+        # With nothing of the frozen part run in a closed form, the guard costs more than the pass.
+        filler = Filler(self._found.script, wanted, stop=True)
+        with self._guard(), torch.no_grad():
+            self._go(example, filler)
+        if missing := wanted - filler.kept.keys():
+            raise ReplayDiverged(
+                "fill the frozen region",
+                found=f"the model ended without computing {len(missing)} values",
+                fix="nothing to do: the full forward pass is taken",
+            )
+        self._remember(example, filler)
+        return filler.kept, filler
+
+    def _go(self, example: Example, session: Filler) -> None:
+        count = iter(range(self._found.script.inputs))
+
+        def wrap(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            own = leaf.detach().clone()
+            return session.input(next(count), own)
+
+        args, kwargs = map_leaves((example.args, dict(example.kwargs)), wrap, objects=True)
+        try:
+            with overridden(self._modules, session.call):
+                self._root(*args, **kwargs)
+        except AllFilled:
+            pass
+        finally:
+            session.open = False
+
+    def _remember(self, example: Example, filler: Filler) -> None:
+        """What values look like in a batch of this kind."""
+        signature = self._signature(example)
+        missing = {n for e in self._found.script.entries for n in e.made} - filler.specs.keys()
+        if signature in self._tapes or missing - self._after_slots():
+            return
+        constants = {n: filler.kept[n] for n in self._found.constants}
+        specs = dict(filler.specs)
+        for number in missing:
+            specs[number] = self._any_tape().specs[number]
+        self._tapes[signature] = _Tape(specs, constants, batch_size(example))
+
+    # -- replay ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        example: Example,
+        rows: Mapping[str, Tensor],
+        *,
+        forward: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Run the model with the frozen part left out.
+
+        Args:
+            example: the batch; only its shapes and what the live part reads of it are used.
+            rows: (N, ...) by slot name, as `fill` gave them for these samples.
+            forward: what to call instead of the model.
+
+        Returns:
+            The model's output.
+
+        Raises:
+            ReplayDiverged: the model took another path than recorded; what the attempt changed
+                (random streams, buffers) was put back.
+        """
+        if (name := self._settings.changed()) is not None:
+            raise ReplayDiverged(
+                "replay the frozen region",
+                found=f"{name} is no longer what it was when the region was found",
+                fix="find the region again",
+            )
+        samples = batch_size(example)
+        tape = self._tape(example)
+        session = self._replayer(rows, tape, samples)
+        args, kwargs = self._stand_ins(example, session)
+        call = self._root if forward is None else forward
+        with self._undoing(), overridden(self._modules, session.call):
+            try:
+                output = real_leaves(call(*args, **kwargs))
+            finally:
+                session.open = False
+        return output
+
+    def _replayer(self, rows: Mapping[str, Tensor], tape: _Tape, samples: int) -> Replayer:
+        found = self._found
+
+        def get(number: int) -> Callable[[], Tensor] | None:
+            if (slot := self._by_number.get(number)) is not None:
+                shape = slot.pattern.shape(tape.specs[number], samples)
+                return lambda: _placed(rows[slot.name], slot, tape.specs[number], shape)
+            if number in found.constants:
+                return lambda: tape.constants[number].clone()
+            return None
+
+        metas = _Metas(tape, found.patterns, samples)
+        return Replayer(found.script, get, metas, found.needed)
+
+    def _stand_ins(self, example: Example, session: Replayer) -> tuple[Any, Any]:
+        count = iter(range(self._found.script.inputs))
+
+        def wrap(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            number = next(count)
+            return session.input(number, None if leaf.is_meta else leaf)
+
+        return map_leaves((example.args, dict(example.kwargs)), wrap, objects=True)
+
+    def _tape(self, example: Example) -> _Tape:
+        signature = self._signature(example)
+        if signature not in self._tapes:
+            size = batch_size(example)
+            few = rows_of(example, tuple(range(min(2, size))))
+            if any(t.is_meta for t in tensors_of((few.args, dict(few.kwargs)))):
+                raise ReplayDiverged(
+                    "replay the frozen region",
+                    found="a batch of another shape than seen before, without its values",
+                    fix="give the real batch",
+                )
+            self._learn(few)
+        return self._tapes[signature]
+
+    def _learn(self, example: Example) -> None:
+        wanted = frozenset(self._by_number) | self._found.constants
+        filler = Filler(self._found.script, wanted, stop=False)
+        with leave_untouched(self._root), torch.no_grad():
+            self._go(example, filler)
+        self._remember(example, filler)
+
+    def _signature(self, example: Example) -> Any:
+        """What a batch has in common with others: all but the number of samples."""
+        leaves = leaves_of((example.args, dict(example.kwargs))).items
+        size = batch_size(example)
+        kinds = tuple(
+            (tuple(x.shape[1:]) if x.ndim and len(x) == size else tuple(x.shape), x.dtype)
+            if isinstance(x, Tensor)
+            else str(x)
+            for x in leaves
+        )
+        autocast = tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+        )
+        return kinds, size == 1, tuple(example.kwargs), autocast
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _any_tape(self) -> _Tape:
+        return next(iter(self._tapes.values()))
+
+    def _make_slots(self, tape: _Tape, places: Mapping[int, str]) -> tuple[Slot, ...]:
+        script, slots, used = self._found.script, [], set[str]()
+        for number in self._found.slots:
+            pattern, spec = self._found.patterns[number], tape.specs[number]
+            producer = script.producers.get(number)
+            name = self._names[number] if producer is None else _slot_name(producer, number)
+            base, again = name, 1
+            while name in used:
+                again += 1
+                name = f"{base}~{again}"
+            used.add(name)
+            shape = tuple(pattern.split(spec.meta(), tape.samples).shape[1:])
+            slots.append(Slot(name, number, shape, spec.dtype, pattern))
+        return tuple(slots)
+
+    def _settled(self) -> dict[str, nn.Module]:
+        """The modules whose settings the stored values depend on: skipped ones, and around."""
+        found: dict[str, nn.Module] = {"": self._root}
+        for name in self.modules:
+            if name:
+                found[name] = self._root.get_submodule(name)
+            while name := name.rpartition(".")[0]:
+                found[name] = self._root.get_submodule(name)
+        return found
+
+    def _fixed_inputs(self, example: Example) -> Any:
+        return None
+
+    def _after_slots(self) -> set[int]:
+        """Values made when all slots are known."""
+        wanted = set(self._by_number) | self._found.constants
+        after: set[int] = set()
+        for entry in self._found.script.entries:
+            if not wanted:
+                after.update(entry.made)
+            wanted.difference_update(entry.made)
+        return after
+
+    def _live_before_last_slot(self) -> bool:
+        """Whether something live runs before all slots are known."""
+        wanted = {n for n in self._by_number if n >= self._found.script.inputs}
+        for entry in self._found.script.entries:
+            if not wanted:
+                return False
+            if entry.verdict is Verdict.LIVE:
+                return True
+            wanted.difference_update(entry.made)
+        return False
+
+    def _guard(self) -> Any:
+        """What keeps a fill from changing the model; dear only where live parts run in it."""
+        return leave_untouched(self._root)
+
+    @contextmanager
+    def _undoing(self) -> Iterator[None]:
+        """On divergence put random streams and buffers back."""
+        cpu = torch.get_rng_state()
+        others = (random.getstate(), np.random.get_state()) if self._may_look else None  # noqa: NPY002
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        buffers = [(b, b.detach().clone()) for m in self._root.modules() if m.training
+                   for b in m.buffers(recurse=False)]  # fmt: skip
+        try:
+            yield
+        except ReplayDiverged:
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state_all(cuda)
+            if others is not None:
+                random.setstate(others[0])
+                np.random.set_state(others[1])  # noqa: NPY002
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            raise
+
+
+class _Metas:
+    """What values look like in a batch of some number of samples."""
+
+    def __init__(self, tape: _Tape, patterns: Mapping[int, Pattern], samples: int) -> None:
+        self._tape, self._patterns, self._samples = tape, patterns, samples
+
+    def __call__(self, number: int) -> tuple[Tensor, torch.device]:
+        spec = self._tape.specs[number]
+        pattern = self._patterns.get(number)
+        if pattern is None or pattern.dim < 0:
+            return spec.meta(), spec.device
+        return spec.meta(pattern.shape(spec, self._samples)), spec.device
+
+
+def _placed(rows: Tensor, slot: Slot, spec: Spec, shape: tuple[int, ...]) -> Tensor:
+    """Stored rows as the value that the model expects: on its device, in its shape and layout."""
+    value = slot.pattern.joined(rows.to(spec.device, spec.dtype))
+    if tuple(value.shape) != shape:
+        value = _fitted(value, shape)
+    if spec.stride is None:
+        return value.contiguous()
+    out = torch.empty_like(spec.meta(shape), device=spec.device)
+    return out.copy_(value)
+
+
+def _fitted(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Cut, or padded by zeros at the end, to another length."""
+    for dim, (have, want) in enumerate(zip(value.shape, shape, strict=True)):
+        if have > want:
+            value = value.narrow(dim, 0, want)
+        elif have < want:
+            pad = list(value.shape)
+            pad[dim] = want - have
+            value = torch.cat([value, value.new_zeros(pad)], dim)
+    return value
+
+
+def _slot_name(producer: Any, number: int) -> str:
+    if producer.verdict is Verdict.CALL:
+        base = call_name(*producer.what)
+    else:
+        function = getattr(producer.what, "__name__", "value")
+        base = f"{producer.where}:{function}" if producer.where else function
+    place = producer.made.index(number)
+    return base if len(producer.made) == 1 else f"{base}[{place}]"
+
+
+def _input_names(example: Example) -> list[str]:
+    names = []
+    for place, value in enumerate(example.args):
+        names += [f"input {place}"] * len(list(tensors_of(value)))
+    for key, value in example.kwargs.items():
+        names += [f"input {key}"] * len(list(tensors_of(value)))
+    return names

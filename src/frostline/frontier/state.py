@@ -1,0 +1,134 @@
+"""What modules and objects remember: compared before and after a call, and between steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from frostline.frontier.standin import StandIn, version_of
+
+__all__ = ["Settings", "foreign_hooks", "state_of"]
+
+_DEPTH = 4
+_PLAIN = (int, float, complex, bool, str, bytes, type(None), type, slice, range)
+#: Our own override, the switch of hooks, and autograd's own bookkeeping.
+_OURS = frozenset({"forward", "_is_hf_initialized"})
+#: Hooks that do nothing to values: transformers' collectors of outputs, our own probes.
+_HARMLESS = ("frostline.", "transformers.utils.output_capturing")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def state_of(value: Any, *, depth: int = _DEPTH) -> Any:
+    """A fingerprint of what a value holds; equal before and after if nothing was changed.
+
+    Tensors count by identity and version, so that a write shows; of modules, what they hold
+    themselves, without submodules.
+
+    Example:
+        >>> box = [1]
+        >>> before = state_of(box)
+        >>> box.append(2)
+        >>> state_of(box) == before
+        False
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        if type(value) is StandIn:
+            return id(value)
+        return id(value), version_of(value)
+    if depth == 0:
+        return id(value)
+    if isinstance(value, nn.Module):
+        return _of_module(value, depth)
+    if isinstance(value, Mapping):
+        return tuple((str(k), state_of(v, depth=depth - 1)) for k, v in value.items())
+    if isinstance(value, (list, tuple, deque)):
+        return tuple(state_of(v, depth=depth - 1) for v in value)
+    if isinstance(value, (set, frozenset)):
+        return frozenset(str(v) for v in value)
+    if callable(value) or not hasattr(value, "__dict__"):
+        return id(value)
+    return id(value), state_of(vars(value), depth=depth - 1)
+
+
+def _of_module(module: nn.Module, depth: int) -> Any:
+    held = []
+    for name, value in vars(module).items():
+        if name in _OURS or name == "_modules":
+            continue
+        if isinstance(value, nn.Module):
+            held.append((name, id(value)))
+        else:
+            held.append((name, state_of(value, depth=depth - 1)))
+    return tuple(held)
+
+
+def foreign_hooks(module: nn.Module) -> str | None:
+    """The name of a forward hook of the user's on this module or inside it, or None.
+
+    Hooks may change values or read them, so a module that has one is run, not skipped.
+    """
+    for inner in module.modules():
+        for hook in _hooks_of(inner):
+            home = getattr(hook, "__module__", None) or type(hook).__module__
+            if not str(home).startswith(_HARMLESS):
+                return getattr(hook, "__qualname__", type(hook).__name__)
+    return None
+
+
+def _hooks_of(module: nn.Module) -> Iterator[Any]:
+    # PyTorch offers no way to list hooks; these dictionaries are what `__call__` walks through.
+    for table in _HOOKS:
+        yield from vars(module).get(table, {}).values()
+
+
+class Settings:
+    """The plain attributes of modules (flags, numbers, names), to notice when one is changed.
+
+    Args:
+        modules: by name.
+
+    Example:
+        >>> layer = nn.Dropout(0.1)
+        >>> settings = Settings({"drop": layer})
+        >>> layer.p = 0.2
+        >>> settings.changed()
+        'drop.p'
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._seen = [
+            (vars(module), key, value, f"{name}.{key}" if name else key)
+            for name, module in modules.items()
+            for key, value in vars(module).items()
+            if not key.startswith("_") and isinstance(value, (*_PLAIN, Tensor))
+        ]
+        self._seen += [
+            (table, key, value, f"{name}.{key}" if name else key)
+            for name, module in modules.items()
+            for table in _tables(module)
+            for key, value in table.items()
+        ]
+
+    def changed(self) -> str | None:
+        """The name of an attribute that is no longer what it was, or None."""
+        for table, key, value, name in self._seen:
+            now = table.get(key, _GONE)
+            if now is not value and (
+                isinstance(value, Tensor) or type(now) is not type(value) or now != value
+            ):
+                return name
+        return None
+
+
+_GONE = object()
+
+
+def _tables(module: nn.Module) -> Iterator[Mapping[str, Any]]:
+    # Parameters, buffers and submodules live in these; a replaced one changes the model.
+    for table in ("_parameters", "_buffers", "_modules"):
+        yield vars(module).get(table, {})

@@ -1,0 +1,224 @@
+"""What is live: everything that depends on a trainable parameter, on chance, or on the batch.
+
+While a model runs, every tensor operation is watched below autograd, where nothing is hidden:
+functions, operators of other packages, TorchScript, in-place writes and views all pass here.
+Liveness belongs to memory, not to tensor objects, so a view of a live tensor is live, and so is a
+frozen one after live code has written into it.
+
+Operations on values whose origin was not seen (memory filled through NumPy, tensors kept in
+closures) count as live: what is not known to be frozen is not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from frostline.backends.torch.tracing import tensors_in
+
+__all__ = ["Looks", "Streams", "Taint"]
+
+_LIFT = torch.ops.aten.lift_fresh.default
+_DYNAMIC = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+#: Functions through which values leave PyTorch unseen.
+_WAYS_OUT = frozenset(
+    getattr(Tensor, name)
+    for name in ("numpy", "__array__", "tolist", "item", "__dlpack__", "__bool__", "__float__",
+                 "__int__", "__index__", "untyped_storage", "data_ptr")
+)  # fmt: skip
+
+
+class Taint(TorchDispatchMode):
+    """Follows liveness through every operation while it is entered.
+
+    Args:
+        model: parameters that require grad are live from the start.
+        batch: tensors of the batch; those that require grad are live.
+        keep: called with a parameter before an operation writes to it.
+
+    Attributes:
+        why: first reason for which something became live, by kind, in words.
+        written: names of parameters and buffers that were written to.
+        dynamic: whether some operation's result has a shape that depends on values; reset by callers.
+        looked: whether code has looked at a live value, so that what it does next may depend on it.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Iterable[Tensor], keep: Callable[[Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._keep = keep
+        self._held: list[Any] = []  # nothing is freed, so that no address is used twice
+        self._names: dict[int, tuple[str, Tensor]] = {}
+        self._live: set[int] = set()
+        self._known: set[int] = set()
+        self.written: set[str] = set()
+        self.why: str | None = None
+        self.looked = False
+        self.dynamic = False
+        self.streams = Streams()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._names.setdefault(_memory(tensor), (name, tensor))
+        for tensor in (*model.parameters(), *batch):
+            if tensor.requires_grad:
+                self._mark(tensor)
+        for tensor in (*model.parameters(), *model.buffers(), *batch, *_kept_by(model)):
+            self._known.add(_memory(tensor))
+            self._held.append(tensor)
+
+    def is_live(self, value: Any) -> bool:
+        """Whether any tensor in a value is live."""
+        return any(self._of(tensor) for tensor in tensors_in(value))
+
+    def mark(self, value: Any) -> None:
+        """Make all tensors in a value live."""
+        for tensor in tensors_in(value):
+            self._mark(tensor)
+
+    def take_why(self) -> str | None:
+        """The reason noted since the last call."""
+        why, self.why = self.why, None
+        return why
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and mark what follows from live values."""
+        kwargs = kwargs or {}
+        read = list(tensors_in((args, kwargs)))
+        written = _written(func, args, kwargs)
+        live = self._cause(func, args, kwargs, read)
+        for tensor in written:
+            self._note_write(tensor)
+        result = func(*args, **kwargs)
+        self._held.append(result)
+        for tensor in (*tensors_in(result), *written):
+            self._known.add(_memory(tensor))
+            if live:
+                self._mark(tensor)
+        return result
+
+    def _cause(self, func: Any, args: Any, kwargs: Any, read: list[Tensor]) -> bool:
+        """Whether what comes out is live, for whatever reason."""
+        self.dynamic = self.dynamic or bool(_DYNAMIC & set(func.tags))
+        if func is _LIFT:  # Python numbers become tensors this way
+            read = []
+        if any(self._of(tensor) for tensor in read):
+            return True
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.why = f"draws random numbers ({func.name().removeprefix('aten::')})"
+            return True
+        if _uses_batch_statistics(func, args, kwargs):
+            self.why = "normalises by the statistics of the batch"
+            return True
+        if not read:
+            if self.looked:
+                self.why = "makes a tensor after looking at a value that trains"
+                return True
+            return self.streams.moved_here
+        return False
+
+    def _of(self, tensor: Tensor) -> bool:
+        memory = _memory(tensor)
+        if memory in self._live:
+            return True
+        if memory and memory not in self._known and tensor.numel():
+            self._known.add(memory)
+            self._held.append(tensor)
+            self.why = "uses a tensor whose origin PyTorch does not see (NumPy, a closure)"
+            self._live.add(memory)
+            return True
+        return False
+
+    def _mark(self, tensor: Tensor) -> None:
+        if memory := _memory(tensor):
+            self._live.add(memory)
+
+    def _note_write(self, tensor: Tensor) -> None:
+        if (known := self._names.get(_memory(tensor))) is not None:
+            name, owner = known
+            self._keep(owner)
+            self.written.add(name)
+
+
+class Looks(TorchFunctionMode):
+    """Notices when code takes the value of a live tensor out of PyTorch."""
+
+    def __init__(self, taint: Taint) -> None:
+        super().__init__()
+        self._taint = taint
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the look, and pass the call on."""
+        if func in _WAYS_OUT and type(args[0]) is Tensor and self._taint.is_live(args[0]):
+            self._taint.looked = True
+        return func(*args, **(kwargs or {}))
+
+
+class Streams:
+    """The generators of Python and NumPy: whether they have moved, and in whose code.
+
+    Attributes:
+        moved_here: whether they moved in the code that runs now.
+    """
+
+    def __init__(self) -> None:
+        self.moved_here = False
+        self._python, self._numpy = random.getstate(), _numpy_state()
+
+    def look(self) -> bool:
+        """Whether they moved since the last look."""
+        python, numpy = random.getstate(), _numpy_state()
+        moved = python != self._python or numpy != self._numpy
+        self._python, self._numpy = python, numpy
+        self.moved_here = self.moved_here or moved
+        return moved
+
+
+def _numpy_state() -> tuple[bytes, int]:
+    _, keys, position, *_ = np.random.get_state()  # noqa: NPY002  what models of others draw from
+    return np.asarray(keys).tobytes(), int(position)
+
+
+def _memory(tensor: Tensor) -> int:
+    """The address of a tensor's memory; 0 where it has none of its own."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return 0
+    return tensor.untyped_storage().data_ptr()
+
+
+def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that an operator overwrites."""
+    # Only the schema says so, and overloads have no public accessor for it.
+    schema = func._schema  # noqa: SLF001
+    if not schema.is_mutable:
+        return []
+    found: list[Tensor] = []
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            found += tensors_in(value)
+    return found
+
+
+def _uses_batch_statistics(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Batch normalisation in training mode; instance normalisation shows as a batch of one."""
+    if "batch_norm" not in func.name() or "backward" in func.name():
+        return False
+    arguments = func._schema.arguments  # noqa: SLF001  as above
+    flags = {a.name: args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
+             for i, a in enumerate(arguments)}  # fmt: skip
+    training = flags.get("training", flags.get("train", "update" in func.name()))
+    shape = args[0].shape
+    return bool(training) and not (shape[0] == 1 and flags.get("running_mean") is None)
+
+
+def _kept_by(model: nn.Module) -> Iterable[Tensor]:
+    """Tensors that modules keep as plain attributes: constants, caches."""
+    for module in model.modules():
+        yield from tensors_in(list(vars(module).values()))

@@ -1,0 +1,244 @@
+"""Trial steps: real training steps on a model that is afterwards what it was, to the bit.
+
+What a step costs is asked of the step itself: the user's own forward pass, a backward pass, an
+update by a real optimizer, frozen by the backend that training would use. Weights, buffers,
+modes, hooks, gradients and random streams are put back at the end; for that time a copy of all
+weights is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import AdamW, Optimizer
+
+from frostline.backends.torch.backend import TorchBackend, applied_plan, as_found, record_plan
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.optimizer import parameter_groups
+from frostline.backends.torch.tracing import (
+    leave_untouched,
+    private_batch,
+    tensors_in,
+    uncompiled,
+)
+from frostline.errors import FrontierError
+from frostline.groups import LayerGroups
+from frostline.plan import FreezePlan
+
+__all__ = ["Recipe", "Rehearsal", "any_loss", "rehearsal"]
+
+Work = Callable[[], Any]
+
+
+def any_loss(output: Any) -> Tensor:
+    """A scalar that depends on all that a model predicts: cross-entropy on scores, else a mean.
+
+    Raises:
+        FrontierError: nothing in the output carries a gradient.
+
+    Example:
+        >>> any_loss(torch.zeros(2, 4, requires_grad=True)).item()
+        1.3862943649291992
+    """
+    scores = getattr(output, "logits", None)
+    found = [t for t in tensors_in(output if scores is None else scores) if t.requires_grad]
+    if not found:
+        raise FrontierError(
+            "run a trial step",
+            found="an output that carries no gradient",
+            fix="pass Recipe(loss=...), a function from the model's output to its loss",
+        )
+    if len(found) == 1 and found[0].ndim == 2 and found[0].is_floating_point():
+        first = found[0].float()
+        return functional.cross_entropy(first, first.new_zeros(len(first), dtype=torch.long))
+    return torch.stack([t.float().mean() for t in found]).sum()
+
+
+def adamw(model: nn.Module, groups: LayerGroups) -> Optimizer:
+    """AdamW over every parameter: what `Recipe` takes when it is told nothing else."""
+    return AdamW(parameter_groups(model, groups, lr=1e-4, weight_decay=0.01))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a training step is made of, besides the model.
+
+    Attributes:
+        loss: from the model's output to a scalar.
+        optimizer: over every parameter of the model, frozen or not.
+        forward: context of a forward pass (mixed precision).
+        clip_norm: largest gradient norm, or None.
+        fixed: names of parameters that never train; None takes those that do not require grad on
+            a model that Frostline has not frozen.
+    """
+
+    loss: Callable[[Any], Tensor] = any_loss
+    optimizer: Callable[[nn.Module, LayerGroups], Optimizer] = adamw
+    forward: Callable[[], AbstractContextManager[object]] = nullcontext
+    clip_norm: float | None = None
+    fixed: Collection[str] | None = None
+
+
+@contextlib.contextmanager
+def rehearsal(
+    model: nn.Module, groups: LayerGroups, example: Example, recipe: Recipe
+) -> Iterator[Rehearsal]:
+    """Trial steps while the block runs; the model is afterwards what it was.
+
+    Args:
+        model: the model.
+        groups: its layer groups.
+        example: the batch of every step.
+        recipe: the rest of a step.
+    """
+    applied = applied_plan(model)
+    fixed = recipe.fixed
+    if fixed is None:
+        fixed = as_found(model) if applied is None else ()
+    with leave_untouched(model) as keep, uncompiled():
+        for parameter in model.parameters():
+            keep(parameter)
+        try:
+            yield Rehearsal(model, groups, example, recipe, fixed)
+        finally:
+            record_plan(model, applied)
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """Runs trial steps at one depth after the other; made by `rehearsal`.
+
+    Args:
+        model: the model; it changes while the rehearsal lasts.
+        groups: its layer groups.
+        example: the batch of every step.
+        recipe: the rest of a step.
+        fixed: names of parameters that never train.
+    """
+
+    model: nn.Module
+    groups: LayerGroups
+    example: Example
+    recipe: Recipe
+    fixed: Collection[str]
+    memory: PeakGrowth = field(init=False)
+    _backend: TorchBackend = field(init=False)
+    _optimizer: Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memory = PeakGrowth(next(self.model.parameters()).device)
+
+    def freeze(self, depth: int) -> None:
+        """Freeze this many groups from the input; the optimizer starts afresh."""
+        self.model.zero_grad(set_to_none=True)
+        self._optimizer = self.recipe.optimizer(self.model, self.groups)
+        self._backend = TorchBackend(
+            self.model, self._optimizer, groups=self.groups, fixed=self.fixed
+        )
+        self._backend.apply(FreezePlan(frozen=frozenset(self.groups.names[:depth])))
+        self.model.train()
+
+    def forward(self) -> Any:
+        """The model's output on a private copy of the batch."""
+        args, kwargs = private_batch(self.model, self.example.args, self.example.kwargs)
+        return self.model(*args, **kwargs)
+
+    def step(self, forward: Work | None = None) -> None:
+        """One whole training step under what `freeze` froze last.
+
+        Args:
+            forward: instead of the model's own forward pass, e.g. from a store.
+        """
+        recipe = self.recipe
+        self._backend.hold()
+        self._optimizer.zero_grad(set_to_none=True)
+        with recipe.forward():
+            output = (forward or self.forward)()
+        loss = recipe.loss(output)
+        loss.backward()
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        self._optimizer.step()
+        float(loss.detach())
+        self._backend.written()
+
+    def evaluate(self) -> None:
+        """One forward pass as validation runs it."""
+        self.model.eval()
+        with torch.no_grad(), self.recipe.forward():
+            self.forward()
+        self.model.train()
+
+    def seconds(self, work: Work, *, times: int) -> float:
+        """The least of several runs, after one to warm up: what else runs can only add."""
+        work()
+        return min(self._once(work) for _ in range(max(1, times)))
+
+    def _once(self, work: Work) -> float:
+        self._wait()
+        start = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.memory.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+@dataclass(slots=True)
+class PeakGrowth:
+    """How much the peak of memory lies above what was in use at `start`.
+
+    On CUDA what torch allocated. On Linux the resident set of this process, with everything that
+    is in it: tensors, workspaces of the kernels, and what the allocator loses between them.
+    Elsewhere, and where the kernel does not let its mark be reset, it is not known.
+
+    Args:
+        device: of the model.
+    """
+
+    device: torch.device
+    _start: int | None = field(init=False, default=None)
+
+    def start(self) -> None:
+        """Take the present use as the zero."""
+        _give_back_freed_memory()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+            return
+        self._start = None
+        with contextlib.suppress(OSError, KeyError):
+            Path("/proc/self/clear_refs").write_text("5")
+            self._start = _own_status()["VmRSS"]
+
+    def read(self) -> int | None:
+        """Bytes since `start`, None where they cannot be known."""
+        if self._start is None:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._start
+        return max(0, _own_status()["VmHWM"] - self._start)
+
+
+def _own_status() -> Mapping[str, int]:
+    """The lines of the kernel's account of this process that are sizes, in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {w[0].rstrip(":"): 1024 * int(w[1]) for w in lines if w[-1:] == ["kB"]}
+
+
+def _give_back_freed_memory() -> None:
+    """Ask the C library to return what was freed, or it would hide what is used next."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
