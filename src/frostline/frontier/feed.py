@@ -359,7 +359,7 @@ class Feed:
                 fix="use a sampler that gives indices, or train without the cache",
             ) from error
         indices = np.where(indices < 0, indices + self.samples, indices)
-        if len(indices) and not (0 <= indices.min() and indices.max() < self.samples):
+        if ((indices < 0) | (indices >= self.samples)).any():
             raise FrontierError(
                 "tell which samples a batch holds",
                 found=f"an index outside of 0 to {self.samples - 1} from the sampler",

@@ -288,6 +288,7 @@ class Witnessed:
         self.collate = collate
 
     def __call__(self, samples: Any) -> tuple[bytes, Any]:
+        """The digests of the samples, 8 bytes each, and the batch."""
         digests = np.zeros(0, np.uint64)
         if isinstance(samples, list):  # else a data set that makes whole batches by itself
             digests = np.array([content_digest(sample) for sample in samples], np.uint64)
