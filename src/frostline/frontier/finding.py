@@ -18,7 +18,7 @@ from frostline.backends.torch.example import Example
 from frostline.backends.torch.tracing import tensors_in
 from frostline.errors import FrontierError
 from frostline.frontier.script import Call, Entry, Script, Spec, Verdict, call_name, same_constants
-from frostline.frontier.sessions import Recorder, overridden
+from frostline.frontier.sessions import NO_SAMPLE, TRAINS, Recorder, overridden
 from frostline.frontier.standin import StandIn
 from frostline.frontier.structure import leaves_of, map_leaves
 from frostline.frontier.taint import Looks, Taint
@@ -421,7 +421,8 @@ def _behind_skips(script: Script) -> set[int]:
     """Values that depend on a skipped call, or on a parameter used by a function."""
     found: set[int] = set()
     for entry in script.entries:
-        if entry.verdict is Verdict.CALL or not found.isdisjoint(entry.parents) or entry.where:
+        heavy = entry.verdict is Verdict.CALL or entry.weighted
+        if heavy or not found.isdisjoint(entry.parents):
             found.update(entry.made)
     return found
 
@@ -437,7 +438,7 @@ def _ends(
     ends: dict[str, str] = {}
     for index, call in enumerate(recorder.calls):
         why = unfit.get(index) or call.unfit
-        if why is None or index in chosen:
+        if why in (None, TRAINS, NO_SAMPLE) or index in chosen:
             continue
         ends.setdefault(call_name(call.name, call.number), why)
     inner = {

@@ -14,13 +14,17 @@ first epoch with the filling of the cache in it, and after how many epochs the c
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from frostline.backends.torch.example import Example
@@ -29,6 +33,7 @@ from frostline.backends.torch.tracing import tensors_in
 from frostline.cost import predicted_step_s
 from frostline.errors import FrontierError
 from frostline.frontier.region import Region, find_region
+from frostline.frontier.store import BLOCK_ROWS, Column, Store
 from frostline.frontier.trial import Recipe, Rehearsal, rehearsal
 from frostline.groups import GroupCost, LayerGroups
 from frostline.plan import FreezePlan
@@ -66,7 +71,9 @@ class DepthCost:
         fill_s: seconds to compute what is stored for the samples of one batch.
         eval_s: seconds to validate one batch.
         cached_eval_s: seconds to validate one batch of stored samples.
-        row_bytes: bytes stored per sample, as they are in memory.
+        read_s: seconds to read the stored rows of one batch, in any order, checksums compared.
+        write_s: seconds to write them.
+        row_bytes: bytes stored per sample, without the few that the store adds.
         peak_memory_bytes: weights, and the most memory in use above them during steps without
             the cache; None where it cannot be known.
         tried: whether steps were run at this depth; figures of others lie between two that were.
@@ -80,6 +87,8 @@ class DepthCost:
     fill_s: float | None
     eval_s: float
     cached_eval_s: float | None
+    read_s: float
+    write_s: float
     row_bytes: int | None
     peak_memory_bytes: int | None
     tried: bool
@@ -110,8 +119,6 @@ class Workload:
         val_samples: samples of each validation.
         load_s: seconds to prepare one training sample.
         val_load_s: seconds to prepare one validation sample.
-        read_s: seconds to read one byte from the store.
-        write_s: seconds to write one byte into the store.
         workers: processes that prepare samples; 0: the training process itself.
         cores: processors that they share with training.
         views: stored views per sample, >= 1.
@@ -123,8 +130,6 @@ class Workload:
     val_samples: int = 0
     load_s: float = 0.0
     val_load_s: float = 0.0
-    read_s: float = 0.0
-    write_s: float = 0.0
     workers: int = 0
     cores: int = 1
     views: int = 1
@@ -177,7 +182,7 @@ def foretell_epochs(steps: StepCosts, work: Workload) -> tuple[EpochCost, ...]:
     Validation samples are stored like training samples, in one view.
 
     Example:
-        >>> cost = DepthCost(1, ("a",), 1.0, 0.25, 0.5, 0.4, 0.1, 100, None, tried=True)
+        >>> cost = DepthCost(1, ("a",), 1.0, 0.2, 0.4, 0.4, 0.1, 0.05, 0.1, 100, None, tried=True)
         >>> [epoch] = foretell_epochs(StepCosts(10, (cost,)), Workload(samples=40, epochs=4))
         >>> epoch.epoch_s, epoch.first_epoch_s, epoch.cached_epoch_s, epoch.break_even_epochs
         (4.0, 3.0, 1.0, 1)
@@ -199,20 +204,14 @@ def _epochs_at(cost: DepthCost, batch_size: int, work: Workload) -> EpochCost:
         or cost.row_bytes is None
     ):
         return EpochCost(cost, epoch, None, None, None, None, None, f"no: {cost.refused}")
-    stored = work.samples + work.val_samples
     cached = (
-        steps * cost.cached_step_s
-        + validations * cost.cached_eval_s
-        + stored * cost.row_bytes * work.read_s
+        steps * (cost.cached_step_s + cost.read_s)
+        + validations * (cost.cached_eval_s + cost.read_s)
         + work.extra_s
     )
-    fill, val_fill = (
-        _with_workers(work, count * load_s, count * each)
-        for count, load_s, each in (
-            (work.samples, work.load_s, _fill_s(cost, batch_size, work)),
-            (work.val_samples, work.val_load_s, _fill_s(cost, batch_size, work)),
-        )
-    )
+    each = cost.fill_s + cost.write_s
+    fill = _with_workers(work, work.samples * work.load_s, steps * each)
+    val_fill = _with_workers(work, work.val_samples * work.val_load_s, validations * each)
     gain = 1 - _run_s(cached, fill, val_fill, work.views, work.epochs) / (work.epochs * epoch)
     even = _break_even(epoch, cached, fill, val_fill, work.views)
     return EpochCost(
@@ -233,11 +232,6 @@ def _with_workers(work: Workload, preparing_s: float, computing_s: float) -> flo
         return preparing_s + computing_s
     beside = max(preparing_s / work.workers, computing_s)
     return max(beside, (preparing_s + computing_s) / max(1, min(work.cores, work.workers + 1)))
-
-
-def _fill_s(cost: DepthCost, batch_size: int, work: Workload) -> float:
-    """Seconds to compute and write what is stored of one sample."""
-    return (cost.fill_s or 0.0) / batch_size + (cost.row_bytes or 0) * work.write_s
 
 
 def _run_s(cached: float, fill: float, val_fill: float, views: int, epochs: int) -> float:
@@ -279,6 +273,7 @@ def foretell_steps(
     *,
     anchors: int = ANCHORS,
     times: int = 3,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> StepCosts:
     """What a step costs at every depth, from trial steps at some of them.
@@ -294,6 +289,8 @@ def foretell_steps(
         recipe: loss, optimizer and what else is in a step; AdamW by default.
         anchors: depths at which steps are run, >= 2.
         times: runs of each timed piece of work, of which the least counts.
+        folder: where a store will be, for a trial of its disk; the folder for temporary files by
+            default.
         progress: receives a line when a part of the work begins.
 
     Raises:
@@ -318,7 +315,8 @@ def foretell_steps(
     shape = _Shape.of(model, groups)
     tried = anchors_among(shape, anchors)
     with rehearsal(model, groups, batch, recipe or Recipe()) as stage:
-        found = _Found(stage, _few_samples(batch, size), times)
+        found = _Found(stage, _few_samples(batch, size), times, folder)
+        found.settle(tried[-1])
         for depth in reversed(tried):  # memory grows: what was freed cannot hide what comes
             say(f"steps with {depth} of {len(groups)} groups frozen")
             found.plain(depth)
@@ -392,19 +390,28 @@ def anchors_among(shape: _Shape, count: int) -> tuple[int, ...]:
 class _Found:
     """Figures by depth, as they were measured."""
 
-    def __init__(self, stage: Rehearsal, few: Example, times: int) -> None:
+    def __init__(self, stage: Rehearsal, few: Example, times: int, folder: Path | None) -> None:
         self._stage = stage
         self._few = few
         self._times = times
+        self._folder = folder
         self.step: dict[int, float] = {}
         self.evaluation: dict[int, float] = {}
         self.memory: dict[int, float] = {}
         self.cached_step: dict[int, float] = {}
         self.fill: dict[int, float] = {}
+        self.read: dict[int, float] = {}
+        self.write: dict[int, float] = {}
         self.row_bytes: dict[int, int] = {}
         self.refused: dict[int, str] = {}
         self._weights = sum(t.nbytes for t in (*stage.model.parameters(), *stage.model.buffers()))
-        stage.memory.start()
+
+    def settle(self, depth: int) -> None:
+        """Run what loads libraries and kernels, then take the memory in use as the zero."""
+        self._stage.freeze(depth)
+        self._stage.step()
+        self._stage.evaluate()
+        self._stage.memory.start()
 
     def plain(self, depth: int) -> None:
         """Steps without the cache."""
@@ -428,7 +435,7 @@ class _Found:
             if region.empty:
                 self.refused[depth] = _why_empty(region)
                 return
-            self.row_bytes[depth] = sum(slot.bytes for slot in region.slots)
+            self.row_bytes[depth] = region.bytes
             if run:
                 self._replay(depth, region)
         except FrontierError as error:
@@ -438,8 +445,10 @@ class _Found:
         stage = self._stage
         fill = partial(region.fill, stage.example)
         self.fill[depth] = stage.seconds(fill, times=self._times - 1)
-        replay = partial(region.run, stage.example, fill())
+        rows = fill()
+        replay = partial(region.run, stage.example, rows)
         self.cached_step[depth] = stage.seconds(lambda: stage.step(replay), times=self._times)
+        self.write[depth], self.read[depth] = store_seconds(rows, self._folder, times=self._times)
 
 
 def _why_empty(region: Region) -> str:
@@ -450,8 +459,10 @@ def _why_empty(region: Region) -> str:
 def _cost_at(
     depth: int, groups: LayerGroups, shape: _Shape, found: _Found, tried: Sequence[int]
 ) -> DepthCost:
-    cached = None if depth in found.refused else _between(found.cached_step, shape.cached, depth)
-    fill = None if depth in found.refused else _between(found.fill, shape.fill, depth)
+    refused = depth in found.refused
+    cached = None if refused else _between(found.cached_step, shape.cached, depth)
+    fill = None if refused else _between(found.fill, shape.fill, depth)
+    sizes = [float(found.row_bytes.get(d, 0)) for d in shape.depths]
     memory = _between(found.memory, shape.memory, depth)
     evaluation = min(found.evaluation.values())
     share = shape.fill[depth] / sum((g.cost or GroupCost()).frozen_forward_s or 0.0 for g in groups)
@@ -463,7 +474,9 @@ def _cost_at(
         fill_s=fill,
         eval_s=evaluation,
         cached_eval_s=None if cached is None else min(cached, evaluation * (1 - share)),
-        row_bytes=found.row_bytes.get(depth),
+        read_s=0.0 if refused else _between(found.read, sizes, depth) or 0.0,
+        write_s=0.0 if refused else _between(found.write, sizes, depth) or 0.0,
+        row_bytes=None if refused else found.row_bytes.get(depth),
         peak_memory_bytes=None if memory is None else round(memory),
         tried=depth in tried,
         refused=found.refused.get(depth, ""),
@@ -490,6 +503,47 @@ def _between(known: Mapping[int, float], shape: Sequence[float], depth: int) -> 
     way = shape[above] - shape[below]
     gone = (shape[depth] - shape[below]) / way if way else 0.5
     return known[below] + min(1.0, max(0.0, gone)) * (known[above] - known[below])
+
+
+def store_seconds(
+    rows: Mapping[str, Tensor], folder: Path | None = None, *, times: int = 3
+) -> tuple[float, float]:
+    """Seconds to write rows into a store, and to read as many back in another order.
+
+    Args:
+        rows: (N, ...) by slot name.
+        folder: where a store is made, and removed.
+        times: reads, of which the fastest counts.
+
+    Example:
+        >>> write_s, read_s = store_seconds({"layer1": torch.zeros(8, 3)})
+        >>> write_s > 0 and read_s > 0
+        True
+    """
+    arrays = {name: _plain(value) for name, value in rows.items()}
+    count = len(next(iter(arrays.values())))
+    columns = [Column(name, str(array.dtype)) for name, array in arrays.items()]
+    order = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="frostline-", dir=folder) as place:
+        store = Store(Path(place), columns, rows=BLOCK_ROWS * -(-count // BLOCK_ROWS), seed=b"")
+        started = time.perf_counter()
+        for first in range(0, count, BLOCK_ROWS):
+            store.write(first, {n: a[first : first + BLOCK_ROWS] for n, a in arrays.items()})
+        wrote = time.perf_counter() - started
+        took = []
+        for _ in range(times):
+            wanted = order.permutation(count)
+            started = time.perf_counter()
+            store.read(wanted)
+            took.append(time.perf_counter() - started)
+        store.close()
+    return wrote, min(took)
+
+
+def _plain(value: Tensor) -> NDArray[Any]:
+    """The bytes of a tensor as an array; NumPy has no bfloat16 of its own."""
+    host = value.detach().cpu()
+    return (host.view(torch.int16) if host.dtype == torch.bfloat16 else host).numpy()
 
 
 def samples_in(example: Example) -> int:

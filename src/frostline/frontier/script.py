@@ -73,6 +73,7 @@ class Entry:
         why: for live ones, what made them so.
         stale: whether a value read had been overwritten through another tensor.
         varying: whether the constants depend on the batch.
+        weighted: whether it uses a parameter.
     """
 
     what: Any
@@ -87,6 +88,7 @@ class Entry:
     why: str | None = None
     stale: bool = False
     varying: bool = False
+    weighted: bool = False
 
     @property
     def made(self) -> tuple[int, ...]:

@@ -208,8 +208,11 @@ class Table:
         flat, fine = _bytes_of(raw), np.ones(len(rows), np.bool_)
         places = self._places(rows, length)
         size = places.size
-        for start, stop, segment, offset in places.runs() if size else ():
-            file = self._files.readable(places.name(segment))
+        runs = list(places.runs()) if size else []
+        files = [self._files.readable(places.name(segment)) for _, _, segment, _ in runs]
+        if len(runs) > 1:
+            _announce(files, [(offset, (stop - start) * size) for start, stop, _, offset in runs])
+        for file, (start, stop, _, offset) in zip(files, runs, strict=True):
             part = flat[start * size : stop * size]
             got = 0 if file is None else _read_all(file, part, offset)
             if got < len(part):
@@ -306,6 +309,18 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
         if written <= 0:
             raise OSError(errno.EIO, "the disk took no bytes")
         data, offset = data[written:], offset + written
+
+
+def _announce(files: Sequence[int | None], ranges: Sequence[tuple[int, int]]) -> None:
+    """Let the disk fetch many ranges at once rather than one after another.
+
+    From a cold disk this makes a batch arrive two to five times sooner (benchmarks/store_reads.py);
+    what is in memory already costs a fraction of a microsecond more.
+    """
+    if hasattr(os, "posix_fadvise"):
+        for file, (offset, size) in zip(files, ranges, strict=True):
+            if file is not None:
+                os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def _read_all(file: int, part: memoryview, offset: int) -> int:

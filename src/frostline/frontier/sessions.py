@@ -33,9 +33,12 @@ from frostline.frontier.state import foreign_hooks, state_of
 from frostline.frontier.structure import Leaves, leaves_of, map_leaves, tensors_of
 from frostline.frontier.taint import Taint
 
-__all__ = ["AllFilled", "Filler", "Recorder", "Replayer", "overridden", "real_leaves"]
+__all__ = ["NO_SAMPLE", "TRAINS", "AllFilled", "Filler", "Recorder", "Replayer", "overridden", "real_leaves"]
 
 Forward = Callable[..., Any]
+#: Why most modules are not skipped: nothing to say about it.
+TRAINS = "uses what trains"
+NO_SAMPLE = "returns a tensor that depends on no sample"
 _BLANK = torch.empty(0, device="meta")
 
 
@@ -173,6 +176,7 @@ class Recorder:
             where=self._where,
             calls=tuple(self._stack),
             stale=any(version_of(s.node.real()) != s.node.version for s in found),
+            weighted=any(isinstance(t, nn.Parameter) for t in tensors_of((args, kwargs))),
         )
         self.entries.append(entry)
         real_args, real_kwargs = with_values(args), with_values(kwargs)
@@ -275,6 +279,13 @@ class Recorder:
     ) -> str | None:
         state, passed, written = before
         inner = self.entries[record.begin : record.end]
+        lives = [entry for entry in inner if entry.verdict is Verdict.LIVE]
+        if why := next((e.why for e in lives if e.why), None):
+            return why
+        if lives:
+            return TRAINS
+        if opaque:
+            return TRAINS
         if draws:
             return "draws random numbers from Python or NumPy"
         if len(self._taint.written) != written:
@@ -285,11 +296,6 @@ class Recorder:
             return "changes an object it was given"
         if (hook := self._hooked[record.name]) is not None:
             return f"has a hook ({hook})"
-        if opaque:
-            return "reads a value that trains"
-        for entry in inner:
-            if entry.verdict is Verdict.LIVE:
-                return entry.why or "uses a parameter or value that trains"
         for entry in inner:
             if entry.verdict in (Verdict.LOOK, Verdict.EAGER):
                 return "looks at values (control flow that depends on data)"
@@ -322,7 +328,7 @@ class Recorder:
                     outs.append(Out(node=leaf.node.id))
             elif isinstance(leaf, Tensor):
                 # Cheap to compute again: it depends on no sample.
-                record.unfit = record.unfit or "returns a tensor that depends on no sample"
+                record.unfit = record.unfit or NO_SAMPLE
                 return None
             elif _is_plain(leaf):
                 outs.append(Out(constant=leaf))

@@ -95,7 +95,10 @@ class Taint(TorchDispatchMode):
         live = self._cause(func, args, kwargs, read)
         for tensor in written:
             self._note_write(tensor)
-        result = func(*args, **kwargs)
+        result, drew = _watched(func, args, kwargs)
+        if drew and not live:
+            self.why = f"draws random numbers ({func.name().removeprefix('aten::')})"
+            live = True
         self._held.append(result)
         for tensor in (*tensors_in(result), *written):
             self._known.add(_memory(tensor))
@@ -109,9 +112,6 @@ class Taint(TorchDispatchMode):
         if func is _LIFT:  # Python numbers become tensors this way
             read = []
         if any(self._of(tensor) for tensor in read):
-            return True
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.why = f"draws random numbers ({func.name().removeprefix('aten::')})"
             return True
         if _uses_batch_statistics(func, args, kwargs):
             self.why = "normalises by the statistics of the batch"
@@ -178,6 +178,24 @@ class Streams:
         self._python, self._numpy = python, numpy
         self.moved_here = self.moved_here or moved
         return moved
+
+
+def _watched(func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    """The result of an operation, and whether it drew random numbers.
+
+    Attention is marked as random even without dropout, so the generators themselves are asked.
+    """
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return func(*args, **kwargs), False
+    before = _torch_states()
+    result = func(*args, **kwargs)
+    drew = any(not torch.equal(a, b) for a, b in zip(before, _torch_states(), strict=True))
+    return result, drew or kwargs.get("generator") is not None
+
+
+def _torch_states() -> list[Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
 
 
 def _numpy_state() -> tuple[bytes, int]:
