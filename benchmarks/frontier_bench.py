@@ -116,7 +116,8 @@ def interleaved(
     """Seconds of every variant in every round, in random order within each.
 
     Args:
-        variants: by name, what makes it ready (untimed) and returns the work of one step.
+        variants: by name, what makes it ready (untimed) and returns the work of one step. Those
+            whose names agree up to a slash run next to each other: they are compared most.
         rounds: at most, >= 1.
         budget_s: no round but the first three begins later than this.
     """
@@ -126,12 +127,20 @@ def interleaved(
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.monotonic() - start > budget_s:
             break
-        for name in order.sample(list(variants), len(variants)):
+        for name in _shuffled(list(variants), order):
             work, known = variants[name](), times[name]
             if not known or min(known) < LONG_S:
                 work()  # warm
             known.append(_least_of_several(work))
     return times
+
+
+def _shuffled(names: Sequence[str], order: random.Random) -> list[str]:
+    kin: dict[str, list[str]] = {}
+    for name in names:
+        kin.setdefault(name.partition("/")[0], []).append(name)
+    groups = order.sample(list(kin.values()), len(kin))
+    return [name for group in groups for name in order.sample(group, len(group))]
 
 
 def _least_of_several(work: Callable[[], object]) -> float:

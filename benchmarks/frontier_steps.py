@@ -292,7 +292,7 @@ def notes(found: Mapping[str, float]) -> str:
         if found["hand_s"] < SHORT_S:
             said.append(f"rest under 1 ms: {found['python_us']:.0f} µs more than by hand")
         else:
-            said.append(f"MISSES {LIMIT:.2f}")
+            said.append(f"MISSES {LIMIT:.2f} by {found['python_us'] / 1e3:.2g} ms in all")
     elif found["over_hand"] < 2 - LIMIT:
         said.append("SUSPICIOUS: faster than by hand")
     for over in ("over_full", "over_naive"):
@@ -367,11 +367,12 @@ def table(log: Mapping[str, Any]) -> str:
     lines = ["# Step time with the frozen region cached", "", f"{describe(log)} {ABOUT}"]
     for result in log["results"]:
         worst = max(max(entry["differs"].values()) for entry in result["depths"])
+        rounds = len(result["depths"][0]["times"]["full"])
         lines += [
             "",
             f"## {result['title']}",
             "",
-            f"{len(result['depths'][0]['times']['full'])} rounds. Gradients of the cached step and of the rest by hand are "
+            f"{rounds} rounds. Gradients of the cached step and of the rest by hand are "
             + ("equal to the uncached ones to the bit." if not worst else "")
             + (f"within {worst:.0e} of the uncached ones' largest." if worst else ""),
             "",
