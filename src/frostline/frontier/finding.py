@@ -23,7 +23,17 @@ from frostline.frontier.standin import StandIn
 from frostline.frontier.structure import leaves_of, map_leaves
 from frostline.frontier.taint import Looks, Taint
 
-__all__ = ["Found", "Pattern", "Recording", "analyse", "batch_size", "record", "rows_of", "tolerance"]
+__all__ = [
+    "Found",
+    "Pattern",
+    "Recording",
+    "analyse",
+    "batch_size",
+    "close",
+    "record",
+    "rows_of",
+    "tolerance",
+]
 
 #: Largest difference between a sample's values in two batches, as a share of the largest value.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -198,7 +208,7 @@ def analyse(
         try:
             script = _script(model, one, chosen)
             _mark_varying(script, other.recorder)
-            slots, constants, needed = _slots(script, patterns, chosen, one.recorder)
+            slots, constants, needed = _slots(script, patterns, one.recorder)
         except _Unfit as found:
             unfit[found.call] = found.why
         else:
@@ -290,10 +300,9 @@ def _choose(calls: Sequence[Call], unfit: Mapping[int, str], split: frozenset[st
         if any(around in chosen for around in call.around):
             continue
         holds = any(name != call.name and name.startswith(call.name + ".") for name in split)
-        works = call.end > call.begin
-        if call.unfit is None and call.entry is not None and index not in unfit and works:
-            if not holds:
-                chosen.add(index)
+        works = call.end > call.begin and call.unfit is None and call.entry is not None
+        if works and not holds and index not in unfit:
+            chosen.add(index)
     return chosen
 
 
@@ -380,7 +389,7 @@ def _mark_varying(script: Script, other: Recorder) -> None:
 
 
 def _slots(
-    script: Script, patterns: Mapping[int, Pattern], chosen: set[int], recorder: Recorder
+    script: Script, patterns: Mapping[int, Pattern], recorder: Recorder
 ) -> tuple[tuple[int, ...], frozenset[int], frozenset[int]]:
     """Which needed values to store, which are constant, which to compute from the others."""
     reads = (Verdict.LIVE, Verdict.LOOK, Verdict.EAGER)

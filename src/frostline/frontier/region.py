@@ -17,8 +17,8 @@ Example:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,18 @@ from frostline.frontier.finding import (
     Pattern,
     analyse,
     batch_size,
-    close,
     record,
     rows_of,
 )
 from frostline.frontier.script import ReplayDiverged, Spec, Verdict, call_name
-from frostline.frontier.sessions import AllFilled, Filler, Replayer, overridden, real_leaves
-from frostline.frontier.standin import StandIn
+from frostline.frontier.sessions import (
+    AllFilled,
+    Filler,
+    Refiller,
+    Replayer,
+    overridden,
+    real_leaves,
+)
 from frostline.frontier.state import Settings
 from frostline.frontier.structure import leaves_of, map_leaves, tensors_of
 
@@ -159,8 +164,7 @@ def _find(
         {n: one.recorder.values[n] for n in found.constants},
         one.samples,
     )
-    region = Region(root, found, three, tape, one.recorder.places)
-    return region
+    return Region(root, found, three, tape, one.recorder.places)
 
 
 def _check_kind(model: nn.Module) -> None:
@@ -203,11 +207,16 @@ class Region:
         self._by_name = {slot.name: slot for slot in self.slots}
         self._by_number = {slot.number: slot for slot in self.slots}
         self._settings = Settings(self._settled())
-        self._fixed = self._fixed_inputs(example)
         self._may_look = any(
             e.verdict in (Verdict.LOOK, Verdict.EAGER) for e in found.script.entries
         )
         self._live_first = self._live_before_last_slot()
+        skipped = set(self.modules)
+        self._buffered = [
+            (module, tuple(module.buffers(recurse=False)))
+            for name, module in root.named_modules()
+            if name not in skipped and any(True for _ in module.buffers(recurse=False))
+        ]
 
     @property
     def empty(self) -> bool:
@@ -228,9 +237,46 @@ class Region:
         return tuple(dict.fromkeys(names))
 
     @property
+    def passed(self) -> tuple[str, ...]:
+        """Names of modules that are run although operations of their own belong to the region."""
+        work = (Verdict.GLUE, Verdict.EAGER, Verdict.LOOK)
+        places = [e.where for e in self._found.script.entries if e.verdict in work]
+        return tuple(dict.fromkeys(places))
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of frozen parameters and buffers that the region reads."""
+        names = dict.fromkeys(
+            f"{name}.{inner}"
+            for name, module in self._modules.items()
+            for inner, _ in (*module.named_parameters(), *module.named_buffers())
+        )
+        for place in self.passed:
+            module = self._root.get_submodule(place)
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            frozen = (inner for inner, tensor in own if not tensor.requires_grad)
+            names |= dict.fromkeys(f"{place}.{inner}" if place else inner for inner in frozen)
+        return tuple(names)
+
+    @property
     def bytes(self) -> int:
         """Bytes of all slots per sample of the example's shape."""
         return sum(slot.bytes for slot in self.slots)
+
+    @property
+    def input_slots(self) -> frozenset[str]:
+        """Names of the slots that are tensors of the batch: not needed where the batch is."""
+        return frozenset(s.name for s in self.slots if s.number < self._found.script.inputs)
+
+    def row_shape(self, slot: Slot, example: Example) -> tuple[int, ...]:
+        """The shape of one row of a slot in a batch like this one.
+
+        Raises:
+            ReplayDiverged: the model takes another path for this batch.
+        """
+        tape = self._tape(example)
+        meta = tape.specs[slot.number].meta()
+        return tuple(slot.pattern.split(meta, tape.samples).shape[1:])
 
     # -- compute -----------------------------------------------------------------------------
 
@@ -254,7 +300,6 @@ class Region:
 
     def _filled(self, example: Example) -> tuple[dict[int, Tensor], Filler]:
         wanted = frozenset(self._by_number) | self._found.constants
-        # With nothing of the frozen part run in a closed form, the guard costs more than the pass.
         filler = Filler(self._found.script, wanted, stop=True)
         with self._guard(), torch.no_grad():
             self._go(example, filler)
@@ -297,6 +342,80 @@ class Region:
             specs[number] = self._any_tape().specs[number]
         self._tapes[signature] = _Tape(specs, constants, batch_size(example))
 
+    def refill(
+        self, shallower: Region, example: Example, rows: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What `fill` gives, computed from the stored rows of a shallower region.
+
+        Only what lies between the two frontiers runs.
+
+        Args:
+            shallower: a region of the same model, all of whose skipped calls are skipped here by
+                themselves: find this one with `split=shallower.parts`.
+            example: the batch, or one that looks like it.
+            rows: (N, ...) by slot name of the shallower region.
+
+        Raises:
+            ReplayDiverged: the model took another path than when it was recorded.
+            FrontierError: something is needed that the shallower region did not store.
+        """
+        samples = batch_size(example)
+        tape = self._tape(example)
+        keys = self._places()
+        stored = {
+            place: shallower._by_number[number]
+            for place, number in shallower._places().items()
+            if number in shallower._by_number
+        }
+        at = {keys[place]: slot for place, slot in stored.items() if place in keys}
+
+        def get(number: int) -> Callable[[], Tensor] | None:
+            if (slot := at.get(number)) is not None and slot.name in rows:
+                shape = slot.pattern.shape(tape.specs[number], samples)
+                return lambda: _placed(rows[slot.name], slot, tape.specs[number], shape)
+            if number in self._found.constants:
+                return tape.constants[number].clone
+            return None
+
+        metas = _Metas(tape, self._found.patterns, samples)
+        session = Refiller(self._found.script, get, metas, frozenset(self._by_number))
+        args, kwargs = self._stand_ins(example, session)
+        with self._guard(), torch.no_grad(), overridden(self._modules, session.call):
+            with suppress(AllFilled):
+                self._root(*args, **kwargs)
+            kept = {number: node.real() for number, node in session.kept.items()}
+            session.open = False
+        return {
+            slot.name: slot.pattern.split(kept[slot.number], samples).contiguous()
+            for slot in self.slots
+            if slot.number in kept
+        }
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What a deeper region must keep apart, to be filled from this one: for `split`."""
+        calls = (entry.what[0] for entry in self._found.script.entries
+                 if entry.verdict is Verdict.CALL)  # fmt: skip
+        return (*dict.fromkeys(calls), *(f"{name}.*" for name in self.passed if name))
+
+    def _places(self) -> dict[Any, int]:
+        """Numbers of values by what makes them, which is the same in other regions."""
+        seen: dict[Any, int] = {}
+        found: dict[Any, int] = {("input", i): i for i in range(self._found.script.inputs)}
+        for entry in self._found.script.entries:
+            if entry.verdict is Verdict.CALL:
+                key: Any = entry.what
+            else:
+                title = (entry.where, str(getattr(entry.what, "__name__", entry.what)))
+                seen[title] = seen.get(title, 0) + 1
+                key = (*title, seen[title])
+            found.update({(key, i): number for i, number in enumerate(entry.made)})
+        return found
+
+    def changed(self) -> str | None:
+        """The name of a setting of its modules that is no longer what it was, or None."""
+        return self._settings.changed()
+
     # -- replay ------------------------------------------------------------------------------
 
     def run(
@@ -331,7 +450,7 @@ class Region:
         session = self._replayer(rows, tape, samples)
         args, kwargs = self._stand_ins(example, session)
         call = self._root if forward is None else forward
-        with self._undoing(), overridden(self._modules, session.call):
+        with self.undoing(), overridden(self._modules, session.call):
             try:
                 output = real_leaves(call(*args, **kwargs))
             finally:
@@ -346,7 +465,7 @@ class Region:
                 shape = slot.pattern.shape(tape.specs[number], samples)
                 return lambda: _placed(rows[slot.name], slot, tape.specs[number], shape)
             if number in found.constants:
-                return lambda: tape.constants[number].clone()
+                return tape.constants[number].clone
             return None
 
         metas = _Metas(tape, found.patterns, samples)
@@ -430,9 +549,6 @@ class Region:
                 found[name] = self._root.get_submodule(name)
         return found
 
-    def _fixed_inputs(self, example: Example) -> Any:
-        return None
-
     def _after_slots(self) -> set[int]:
         """Values made when all slots are known."""
         wanted = set(self._by_number) | self._found.constants
@@ -456,19 +572,17 @@ class Region:
 
     def _guard(self) -> Any:
         """What keeps a fill from changing the model; dear only where live parts run in it."""
-        return leave_untouched(self._root)
+        return leave_untouched(self._root) if self._live_first else _still_streams()
 
     @contextmanager
-    def _undoing(self) -> Iterator[None]:
-        """On divergence put random streams and buffers back."""
+    def undoing(self) -> Iterator[Callable[[], None]]:
+        """Put random streams and buffers back on divergence, or when the yielded function says."""
         cpu = torch.get_rng_state()
         others = (random.getstate(), np.random.get_state()) if self._may_look else None  # noqa: NPY002
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        buffers = [(b, b.detach().clone()) for m in self._root.modules() if m.training
-                   for b in m.buffers(recurse=False)]  # fmt: skip
-        try:
-            yield
-        except ReplayDiverged:
+        buffers = [(b, b.detach().clone()) for m, bs in self._buffered if m.training for b in bs]
+
+        def undo() -> None:
             torch.set_rng_state(cpu)
             if cuda is not None:
                 torch.cuda.set_rng_state_all(cuda)
@@ -478,7 +592,19 @@ class Region:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+        try:
+            yield undo
+        except ReplayDiverged:
+            undo()
             raise
+
+
+@contextmanager
+def _still_streams() -> Iterator[None]:
+    """Put PyTorch's random streams back; Python's and NumPy's do not move in frozen work."""
+    with torch.random.fork_rng():
+        yield
 
 
 class _Metas:

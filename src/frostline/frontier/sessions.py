@@ -28,12 +28,29 @@ from frostline.frontier.script import (
     call_name,
     same_constants,
 )
-from frostline.frontier.standin import Node, StandIn, stand_in, stand_ins_in, version_of, with_values
+from frostline.frontier.standin import (
+    Node,
+    StandIn,
+    stand_in,
+    stand_ins_in,
+    version_of,
+    with_values,
+)
 from frostline.frontier.state import foreign_hooks, state_of
 from frostline.frontier.structure import Leaves, leaves_of, map_leaves, tensors_of
 from frostline.frontier.taint import Taint
 
-__all__ = ["NO_SAMPLE", "TRAINS", "AllFilled", "Filler", "Recorder", "Replayer", "overridden", "real_leaves"]
+__all__ = [
+    "NO_SAMPLE",
+    "TRAINS",
+    "AllFilled",
+    "Filler",
+    "Recorder",
+    "Refiller",
+    "Replayer",
+    "overridden",
+    "real_leaves",
+]
 
 Forward = Callable[..., Any]
 #: Why most modules are not skipped: nothing to say about it.
@@ -279,12 +296,12 @@ class Recorder:
     ) -> str | None:
         state, passed, written = before
         inner = self.entries[record.begin : record.end]
+        if opaque:
+            return TRAINS
         lives = [entry for entry in inner if entry.verdict is Verdict.LIVE]
         if why := next((e.why for e in lives if e.why), None):
             return why
         if lives:
-            return TRAINS
-        if opaque:
             return TRAINS
         if draws:
             return "draws random numbers from Python or NumPy"
@@ -622,6 +639,46 @@ class Replayer(_Follower):
         return entry.build(leaves) if leaves else None
 
 
+class Refiller(Replayer):
+    """Computes what is to be stored from values stored at a shallower frontier.
+
+    Attributes:
+        kept: nodes of the wanted values, by number; to be asked for their values at the end.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        get: Callable[[int], Callable[[], Tensor] | None],
+        look: Callable[[int], tuple[Tensor, torch.device]],
+        wanted: frozenset[int],
+    ) -> None:
+        super().__init__(script, get, look, frozenset(n for e in script.entries for n in e.made))
+        self._wanted = wanted
+        self.kept: dict[int, Node] = {}
+
+    def _new(self, number: int, get: Callable[[], Tensor] | None) -> StandIn:
+        made = super()._new(number, get)
+        if number in self._wanted:
+            self.kept[number] = made.node
+        return made
+
+    def _skip(
+        self, entry: Entry, original: Forward, args: Any, kwargs: Any, ins: list[StandIn]
+    ) -> Any:
+        recipe = _Recipe(original, args, kwargs, ins, [p for p, _ in entry.rebinds])
+        return self._results(entry, ins, recipe)
+
+    def _results(self, entry: Entry, found: Sequence[StandIn], recipe: _Recipe | None) -> Any:
+        result = super()._results(entry, found, recipe)
+        for place, number in entry.rebinds:
+            if number in self._wanted:
+                self.kept[number] = found[place].node
+        if self._wanted <= self.kept.keys():
+            raise AllFilled
+        return result
+
+
 class _Recipe:
     """Computes the results of one operation of the frozen region when somebody needs them."""
 
@@ -629,7 +686,7 @@ class _Recipe:
         self, func: Any, args: Any, kwargs: Any, found: Sequence[StandIn], written: Sequence[int]
     ) -> None:
         # Nodes, not stand-ins: those may hold other values by the time this runs.
-        self._nodes = {id(s): s.node for s in stand_ins_in((args, kwargs))}
+        self._nodes = {id(s): s.node for s in _inputs_at_all(args, kwargs)}
         self._keep = found
         self._call = func, args, kwargs
         self._own = {id(found[place]): place for place in written}
@@ -660,6 +717,12 @@ class _Recipe:
         return self._done
 
 
+def _inputs_at_all(args: Any, kwargs: Any) -> list[StandIn]:
+    leaves = leaves_of((args, kwargs)).items
+    inside = [leaf for leaf in leaves if type(leaf) is StandIn]
+    return [*inside, *stand_ins_in((args, kwargs))]  # the latter looks into slices
+
+
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, slice):
         return slice(*(_mapped(v, change) for v in (value.start, value.stop, value.step)))
@@ -667,4 +730,4 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         return type(value)([_mapped(v, change) for v in value])
     if type(value) is dict:
         return {k: _mapped(v, change) for k, v in value.items()}
-    return change(value)
+    return map_leaves(value, change, objects=True)

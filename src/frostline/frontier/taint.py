@@ -46,7 +46,7 @@ class Taint(TorchDispatchMode):
     Attributes:
         why: first reason for which something became live, by kind, in words.
         written: names of parameters and buffers that were written to.
-        dynamic: whether some operation's result has a shape that depends on values; reset by callers.
+        dynamic: whether the shape of some result depended on values; reset by callers.
         looked: whether code has looked at a live value, so that what it does next may depend on it.
     """
 

@@ -1,0 +1,798 @@
+"""The frozen region costs nothing: its outflow is stored per sample, and training runs the rest.
+
+`FrontierCache` watches a model. When a batch of known samples reaches it, the cache finds the
+frozen region under the model's present state, makes sure that the frontier of these samples is
+stored (in whole blocks, from the nearest shallower frontier if there is one), and runs the model
+with the frozen part left out. Where it cannot be exact, it says why and the model runs as ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from frostline.backends.torch.digest import TensorTable, WriteWatch, unwrapped
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.tracing import leave_untouched
+from frostline.errors import FrontierError, StorageError
+from frostline.frontier.arrays import to_numpy, to_torch
+from frostline.frontier.encodings import Encoding
+from frostline.frontier.finding import batch_size, close, rows_of
+from frostline.frontier.library import Library
+from frostline.frontier.parts import region_key
+from frostline.frontier.region import Region, ReplayDiverged, Slot, find_region
+from frostline.frontier.standin import Node, StandIn, stand_in, with_values
+from frostline.frontier.store import Column, Store
+from frostline.frontier.structure import leaves_of, map_leaves, tensors_of
+
+__all__ = ["BLOCK", "Batch", "CacheReport", "FrontierCache", "Source"]
+
+_log = logging.getLogger("frostline")
+_flag = attrgetter("requires_grad")
+
+#: Samples computed together: a stored row is then a pure function of its key.
+BLOCK = 32
+#: Batches compared with the full forward pass when a region is first used.
+CHECKED_FIRST = 2
+#: Afterwards one batch in so many, at random.
+CHECKED_EVERY = 200
+#: Divergences in a row after which a region is given up.
+PATIENCE = 5
+
+
+class Source(Protocol):
+    """Samples with numbers: what the cache computes frontiers of.
+
+    Attributes:
+        name: e.g. "train"; for messages and keys.
+        samples: how many there are.
+        views: views of each sample that are stored, >= 1.
+        fixed: whether all samples have inputs of one shape, so that a batch need not be loaded to
+            know what it looks like.
+        data: plain JSON that says which samples these are by content; None: unknown.
+        preparation: plain JSON that says what happens to them before the model; None: unknown.
+    """
+
+    name: str
+    samples: int
+    views: int
+    fixed: bool
+    data: Any
+    preparation: Any
+
+    def load(self, indices: Sequence[int], views: Sequence[int]) -> Example:
+        """The model's arguments for these samples, collated."""
+        ...
+
+    def blocks(self, firsts: Sequence[int], view: int) -> Iterator[tuple[int, Example]]:
+        """The same for blocks of `BLOCK` consecutive samples (the last may be shorter)."""
+        ...
+
+
+@dataclass(slots=True)
+class CacheReport:
+    """What the cache did and what it cost.
+
+    Attributes:
+        batches: batches that came to the cache.
+        replayed: of these, run without the frozen part.
+        filled_rows: samples whose frontier was computed.
+        read_rows: samples whose frontier was read from a store.
+        checked: batches compared with the full forward pass.
+        fill_s: seconds spent computing and writing frontiers.
+        find_s: seconds spent finding regions and digesting weights.
+        check_s: seconds spent on comparisons.
+        read_s: seconds spent reading.
+        stored_bytes: bytes on disk of the stores in use.
+        notes: in words: what is cached, what not, and why.
+    """
+
+    batches: int = 0
+    replayed: int = 0
+    filled_rows: int = 0
+    read_rows: int = 0
+    checked: int = 0
+    fill_s: float = 0.0
+    find_s: float = 0.0
+    check_s: float = 0.0
+    read_s: float = 0.0
+    stored_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+        if text not in self.notes:
+            self.notes.append(text)
+            _log.info("%s", text)
+
+
+class Batch:
+    """One batch of known samples on its way to the model; its tensors may not be loaded yet.
+
+    Args:
+        source: whose samples they are.
+        indices: (N,) numbers of the samples.
+        views: (N,) view of each.
+        first: whether it is the first of an epoch: regions change here if they can.
+        example: the model's arguments, if they are loaded already.
+        device: where the model wants them.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: Sequence[int],
+        views: Sequence[int],
+        *,
+        first: bool = False,
+        example: Example | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, np.int64)
+        self.views = np.asarray(views, np.int64)
+        self.first = first
+        self.open = True
+        self._device = torch.device(device)
+        self._example = example
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(N,) numbers of their rows in a store."""
+        return self.views * padded(self.source.samples) + self.indices
+
+    @property
+    def real_device(self) -> torch.device:
+        """Where the model wants its arguments."""
+        return self._device
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the real tensors are here."""
+        return self._example is not None
+
+    def real(self) -> Example:
+        """The real arguments, loaded if they are not."""
+        if self._example is None:
+            self._example = self.source.load(self.indices.tolist(), self.views.tolist())
+        return moved(self._example, self._device)
+
+    def stand_ins(self, looks: Example | None) -> Example:
+        """The arguments as stand-ins that load themselves when somebody looks at them.
+
+        Args:
+            looks: a batch of this source with tensors of the right shapes but for the number of
+                samples; None: load the real one.
+        """
+        shaped = self.real() if looks is None or self.loaded else looks
+        size, count = batch_size(shaped), len(self.indices)
+        number = iter(range(1 << 30))
+
+        def wrap(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            whole = leaf.ndim and len(leaf) == size
+            shape = (count, *leaf.shape[1:]) if whole else tuple(leaf.shape)
+            meta = torch.empty(shape, dtype=leaf.dtype, device="meta")
+            place = next(number)
+            return stand_in(Node(place, self, get=lambda: self._leaf(place)), meta, self._device)
+
+        args, kwargs = map_leaves((shaped.args, dict(shaped.kwargs)), wrap, objects=True)
+        return Example(args, kwargs)
+
+    def operation(self, func: Any, args: Any, kwargs: Any, found: list[StandIn]) -> Any:
+        """An operation on an argument: moving it changes nothing, all else takes real values."""
+        if func in _MOVES and len(found) == 1 and found[0] is args[0]:
+            node, place = found[0].node, _goal(func, args, kwargs)
+            if place is not None:
+                meta = torch.empty(found[0].shape, dtype=found[0].dtype, device="meta")
+                return stand_in(node, meta, place)
+        return func(*with_values(args), **with_values(kwargs))
+
+    def _leaf(self, place: int) -> Tensor:
+        real = self.real()
+        return list(tensors_of((real.args, dict(real.kwargs))))[place]
+
+
+_MOVES = frozenset({Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.contiguous})
+
+
+def _goal(func: Any, args: Any, kwargs: Any) -> torch.device | None:
+    """Where an operation moves a tensor to; None if it does more than that."""
+    if func is Tensor.cpu:
+        return torch.device("cpu")
+    if func is Tensor.cuda:
+        return torch.device("cuda", torch.cuda.current_device())
+    if func is not Tensor.to:
+        return args[0].place
+    places = [a for a in (*args[1:], kwargs.get("device")) if isinstance(a, (str, torch.device))]
+    others = [a for a in args[1:] if not isinstance(a, (str, torch.device, bool))]
+    if len(places) != 1 or others or kwargs.keys() - {"device", "non_blocking", "copy"}:
+        return None
+    return torch.device(places[0])
+
+
+def padded(samples: int) -> int:
+    """Rows of one view: samples, rounded up to whole blocks.
+
+    Example:
+        >>> padded(33)
+        64
+    """
+    return -(-samples // BLOCK) * BLOCK
+
+
+def moved(example: Example, device: torch.device) -> Example:
+    """The same batch with its tensors on a device."""
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    args, kwargs = map_leaves((example.args, dict(example.kwargs)), move, objects=True)
+    return Example(args, kwargs)
+
+
+@dataclass(slots=True)
+class _Use:
+    """A region that is in use for one source: with its store, and what it was found under."""
+
+    region: Region
+    store: Store
+    source: Source
+    columns: tuple[Slot, ...]
+    watch: WriteWatch
+    frozen: tuple[Tensor, ...]
+    training: bool
+    looks: Example
+    ragged: bool
+    served: int = 0
+    diverged: int = 0
+    closed: bool = False
+
+    def usable(self) -> bool:
+        """Whether it still holds: nothing in it trains, nothing in it was written to."""
+        if self.closed or any(map(_flag, self.frozen)):
+            return False
+        if self.watch.look():
+            self.closed = True
+            return False
+        return True
+
+
+class FrontierCache:
+    """Runs a model without its frozen part wherever that is stored, and stores it where not.
+
+    Args:
+        model: the model as it is trained; wrappers allowed.
+        library: the folder of stores; None: the user's cache folder.
+        encoding: of floating values: "exact", "bfloat16", "float16" or "int8".
+        budget_bytes: the most that this model's stores may take; None: no bound.
+        min_gain: do not cache where less than this share of a step is saved, in [0, 1).
+        seed: decides which batches are checked.
+
+    Attributes:
+        report: what it did.
+
+    Example:
+        Used by `frostline.fit`; in a loop of your own, see `frostline.frontier.loader`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        library: Library | None = None,
+        *,
+        encoding: Encoding = "exact",
+        budget_bytes: int | None = None,
+        min_gain: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        self._root = unwrapped(model)
+        self._library = Library() if library is None else library
+        self._encoding: Encoding = encoding
+        self._budget_bytes = budget_bytes
+        self._min_gain = min_gain
+        self._seed = seed
+        self._parameters = tuple(self._root.parameters())
+        self._found: dict[Any, Region | str] = {}
+        self._uses: dict[str, list[_Use]] = {}
+        self._active: dict[str, tuple[Any, _Use | None]] = {}
+        self._looks: dict[str, Example] = {}
+        self._attached = False
+        self._before: Callable[..., Any] | None = None
+        self.report = CacheReport()
+
+    # -- attaching ---------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """From now on the model's forward pass goes through the cache."""
+        if not self._attached:
+            self._before = vars(self._root).get("forward")
+            vars(self._root)["forward"] = _Gate(self, self._root, self._root.forward)
+            self._attached = True
+
+    def detach(self) -> None:
+        """Leave the model as it was found; stores are closed."""
+        if self._attached:
+            del vars(self._root)["forward"]
+            if self._before is not None:
+                vars(self._root)["forward"] = self._before
+            self._attached = False
+        for use in (use for uses in self._uses.values() for use in uses):
+            use.store.close()
+        self._uses.clear()
+        self._active.clear()
+
+    @contextmanager
+    def attached(self) -> Iterator[FrontierCache]:
+        """`attach` for the length of a block."""
+        self.attach()
+        try:
+            yield self
+        finally:
+            self.detach()
+
+    @contextmanager
+    def _ungated(self) -> Iterator[None]:
+        gate = vars(self._root).pop("forward", None)
+        try:
+            yield
+        finally:
+            if gate is not None:
+                vars(self._root)["forward"] = gate
+
+    def arguments(self, batch: Batch) -> Example:
+        """What to call the model with for this batch: stand-ins, where nothing must be loaded."""
+        looks = self._looks.get(batch.source.name) if batch.source.fixed else None
+        return batch.stand_ins(looks)
+
+    # -- one forward pass --------------------------------------------------------------------
+
+    def forward(self, batch: Batch, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the model on a batch of known samples, without its frozen part if possible."""
+        self.report.batches += 1
+        try:
+            use = self._use_for(batch)
+        except (FrontierError, StorageError) as error:
+            self.report.note(f"not cached: {error.found}")
+            use = None
+        if use is None:
+            return self._full(batch, forward, args, kwargs)
+        try:
+            values = self._values(use, batch)
+            shown = self._shown(use, batch, args, kwargs)
+            output = self._replay(use, batch, shown, values, forward)
+        except ReplayDiverged as error:
+            self._note_divergence(use, error)
+            return self._full(batch, forward, args, kwargs)
+        except (FrontierError, StorageError) as error:
+            self._give_up(use, error.found)
+            return self._full(batch, forward, args, kwargs)
+        use.served += 1
+        use.diverged = 0
+        self.report.replayed += 1
+        return output
+
+    def _full(self, batch: Batch, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not batch.loaded:
+            self._looks.setdefault(batch.source.name, _few(batch.real()))
+        return forward(*map_leaves(args, _real, objects=True),
+                       **map_leaves(kwargs, _real, objects=True))  # fmt: skip
+
+    def _replay(
+        self,
+        use: _Use,
+        batch: Batch,
+        shown: Example,
+        values: Mapping[str, Tensor],
+        forward: Callable[..., Any],
+    ) -> Any:
+        if not self._due(use):
+            return use.region.run(shown, values, forward=forward)
+        start = time.perf_counter()
+        full = self._reference(batch, forward)
+        self.report.checked += 1
+        self.report.check_s += time.perf_counter() - start
+        with use.region.undoing() as undo:
+            output = use.region.run(shown, values, forward=forward)
+            if (wrong := _difference(full, output)) is not None:
+                undo()
+                culprit = self._culprit(use, batch, values)
+                raise FrontierError(
+                    "replay the frozen region",
+                    found=f"{wrong}; {culprit}",
+                    fix="nothing to do: training goes on with the full forward pass",
+                )
+        return output
+
+    def _due(self, use: _Use) -> bool:
+        if use.served < CHECKED_FIRST:
+            return True
+        text = f"{self._seed}/{use.source.name}/{self.report.batches}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") % (
+            CHECKED_EVERY
+        ) == 0  # fmt: skip
+
+    def _reference(self, batch: Batch, forward: Callable[..., Any]) -> Any:
+        """What the full forward pass gives now; the model and random streams stay as they are."""
+        real = batch.real()
+        own = rows_of(real, range(batch_size(real)))
+        with leave_untouched(self._root), torch.no_grad():
+            return forward(*own.args, **own.kwargs)
+
+    def _culprit(self, use: _Use, batch: Batch, values: Mapping[str, Tensor]) -> str:
+        """Which stored value is wrong, in words."""
+        fresh = use.region.fill(batch.real())
+        for slot in use.columns:
+            if slot.name in values:
+                have = values[slot.name]
+                if have.shape == fresh[slot.name].shape and not close(have, fresh[slot.name]):
+                    return f"the stored output of {slot.name!r} is not what it gives now"
+        return "all stored values are right, so the rest of the model depends on something else"
+
+    def _shown(self, use: _Use, batch: Batch, args: Any, kwargs: Any) -> Example:
+        """The arguments for a replay: real where they are loaded, else shapes only."""
+        if batch.loaded:
+            return batch.real()
+
+        def show(leaf: Any) -> Any:
+            if type(leaf) is not StandIn:
+                return leaf
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+
+        return Example(*map_leaves((tuple(args), dict(kwargs)), show, objects=True))
+
+    def _note_divergence(self, use: _Use, error: ReplayDiverged) -> None:
+        use.diverged += 1
+        self.report.note(f"a batch took the full forward pass: {error.found}")
+        if use.diverged >= PATIENCE or (use.served == 0 and use.diverged >= 2):
+            self._give_up(use, error.found)
+
+    def _give_up(self, use: _Use, why: str) -> None:
+        use.closed = True
+        state = self._state(use.training)
+        self._found[state] = why
+        self._active.pop(use.source.name, None)
+        _log.warning("the cache is off for %s: %s", use.source.name, why)
+        self.report.note(f"not cached any more: {why}")
+
+    # -- which region ------------------------------------------------------------------------
+
+    def _state(self, training: bool) -> Any:
+        """All that decides the frozen region, but for the model's code."""
+        modes = bytes(m.training for m in self._root.modules())
+        autocast = tuple(
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            for kind in ("cpu", "cuda")
+        )
+        return training, bytes(map(_flag, self._parameters)), modes, autocast
+
+    def _use_for(self, batch: Batch) -> _Use | None:
+        state = self._state(self._root.training)
+        known, use = self._active.get(batch.source.name, (None, None))
+        if known == state and (use is None or use.usable()):
+            return use
+        if not batch.first and (old := self._shallower(batch, state)) is not None:
+            return old
+        use = self._adopt(batch, state)
+        self._active[batch.source.name] = state, use
+        return use
+
+    def _shallower(self, batch: Batch, state: Any) -> _Use | None:
+        """The deepest region used before that still holds: good for the rest of an epoch."""
+        uses = [
+            use
+            for use in self._uses.get(batch.source.name, ())
+            if use.training == self._root.training and use.usable() and self._holds_modes(use)
+        ]
+        return max(uses, key=lambda use: len(use.frozen), default=None)
+
+    def _holds_modes(self, use: _Use) -> bool:
+        return use.region.changed() is None
+
+    def _adopt(self, batch: Batch, state: Any) -> _Use | None:
+        """The region of the model's present state, found if need be, with its store."""
+        start = time.perf_counter()
+        try:
+            return self._adopted(batch, state)
+        finally:
+            self.report.find_s += time.perf_counter() - start
+
+    def _adopted(self, batch: Batch, state: Any) -> _Use | None:
+        older = self._shallower(batch, state)
+        found = self._found.get(state)
+        example = self._sample(batch)
+        if found is None:
+            found = self._found[state] = self._find(example, older)
+        if isinstance(found, str):
+            return None
+        if found.changed() is not None:
+            found = self._found[state] = self._find(example, older)
+            if isinstance(found, str):
+                return None
+        use = self._opened(found, batch.source, example)
+        uses = self._uses.setdefault(batch.source.name, [])
+        self._looks[batch.source.name] = _few(example)
+        same = [u for u in uses if u.store.folder == use.store.folder and not u.closed]
+        if same:
+            use.store.close()
+            return same[0]
+        uses.append(use)
+        return use
+
+    def _sample(self, batch: Batch) -> Example:
+        """A few samples to find the region with: the first ones, so that it is always the same."""
+        count = min(4, batch.source.samples)
+        own = batch.source.load(list(range(count)), [int(batch.views.min())] * count)
+        return moved(own, batch.real_device)
+
+    def _find(self, example: Example, older: _Use | None) -> Region | str:
+        try:
+            region = find_region(
+                self._root, example, split=() if older is None else older.region.parts
+            )
+        except FrontierError as error:
+            self.report.note(f"not cached: {error.found}")
+            return error.found
+        if region.empty:
+            why = "; ".join(f"{e.module} {e.why}" for e in region.ends[:3])
+            self.report.note(f"not cached: nothing is frozen{': ' + why if why else ''}")
+            return "nothing is frozen"
+        return region
+
+    def _opened(self, region: Region, source: Source, example: Example) -> _Use:
+        # Tensors of the batch are stored only where batches are not loaded for each step.
+        slots = tuple(s for s in region.slots if source.fixed or s.name not in region.input_slots)
+        columns = [
+            Column(
+                slot.name,
+                str(slot.dtype).removeprefix("torch."),
+                self._encoding if slot.dtype.is_floating_point else "exact",
+                ragged=not source.fixed and bool(slot.shape),
+            )
+            for slot in slots
+        ]
+        columns = columns or [Column("nothing", "bool")]
+        with self._ungated():  # the gate is no part of what the model computes
+            key = region_key(
+                self._root,
+                skipped=region.skipped,
+                slots=slots,
+                preparation=source.preparation,
+                data={"name": source.name, "samples": source.samples, "content": source.data},
+                tensors=region.tensors,
+                passed=region.passed,
+                encoding=self._encoding,
+                device=next(iter(tensors_of((example.args, dict(example.kwargs))))).device,
+            )
+        rows = source.views * padded(source.samples)
+        frontier = ", ".join(slot.name for slot in slots)
+        about = {
+            "model": type(self._root).__name__,
+            "data": f"{source.name}, {source.samples} samples, {source.views} views",
+            "frontier": frontier,
+        }
+        store = self._library.open(
+            key, columns, rows, about=about, needs_bytes=rows * sum(s.bytes for s in slots)
+        )
+        table = TensorTable(self._root)
+        names = [name for name in region.tensors if name in table]
+        parameters = dict(self._root.named_parameters(remove_duplicate=False))
+        frozen = tuple(parameters[name] for name in names if name in parameters)
+        self.report.note(
+            f"cached for {source.name}: the output of {frontier or 'nothing'}, "
+            f"{sum(s.bytes for s in slots):,} bytes per sample"
+        )
+        return _Use(
+            region, store, source, slots, WriteWatch(table, names), frozen,
+            self._root.training, _few(example), not source.fixed,
+        )  # fmt: skip
+
+    # -- values ------------------------------------------------------------------------------
+
+    def _values(self, use: _Use, batch: Batch) -> dict[str, Tensor]:
+        """The stored rows of a batch, computed where they are not stored."""
+        rows = batch.rows
+        if not use.store.present(rows).all():
+            self._fill(use, batch)
+        start = time.perf_counter()
+        lengths = self._lengths(use, batch)
+        values, good = use.store.read(rows, lengths=lengths)
+        self.report.read_s += time.perf_counter() - start
+        self.report.read_rows += int(good.sum())
+        found = {slot.name: to_torch(values[slot.name], slot.dtype) for slot in use.columns}
+        if not good.all():
+            self._patch(use, batch, found, ~good)
+        return found
+
+    def _lengths(self, use: _Use, batch: Batch) -> dict[str, int]:
+        if not use.ragged:
+            return {}
+        real = batch.real()
+        return {s.name: use.region.row_shape(s, real)[0] for s in use.columns if s.shape}
+
+    def _patch(
+        self, use: _Use, batch: Batch, found: dict[str, Tensor], missing: NDArray[np.bool_]
+    ) -> None:
+        """Compute the rows that no store holds (over the budget, damaged) for this batch alone."""
+        places = np.flatnonzero(missing)
+        few = moved(
+            use.source.load(batch.indices[places].tolist(), batch.views[places].tolist()),
+            batch.real_device,
+        )
+        fresh = use.region.fill(few)
+        self.report.filled_rows += len(places)
+        at = torch.from_numpy(places)
+        for slot in use.columns:
+            value = fresh[slot.name].cpu()
+            if found[slot.name].shape[1:] != value.shape[1:]:
+                shape = (len(missing), *value.shape[1:])
+                kept = found[slot.name]
+                whole = torch.zeros(shape, dtype=slot.dtype)
+                if kept.ndim == whole.ndim and (~missing).any():
+                    whole = _padded_to(kept, shape)
+                found[slot.name] = whole
+            found[slot.name][at] = _padded_to(value, (len(places), *found[slot.name].shape[1:]))
+
+    def _fill(self, use: _Use, batch: Batch) -> None:
+        """Compute and store every block of this source's views that this epoch will need."""
+        start = time.perf_counter()
+        stride = padded(use.source.samples)
+        for view in np.unique(batch.views).tolist():
+            firsts = [
+                first
+                for first in range(0, use.source.samples, BLOCK)
+                if not use.store.present(_block(first, view, use.source)).all()
+            ]
+            older = self._refillable(use)
+            if older is not None:
+                firsts = self._refill(use, older, firsts, view, batch)
+            for first, example in use.source.blocks(firsts, view) if firsts else ():
+                values = use.region.fill(moved(example, batch.real_device))
+                if not self._write(use, view * stride + first, values):
+                    break
+        self.report.fill_s += time.perf_counter() - start
+        self.report.stored_bytes = sum(
+            u.store.bytes_on_disk for uses in self._uses.values() for u in uses if not u.closed
+        )
+
+    def _write(self, use: _Use, first: int, values: Mapping[str, Tensor]) -> bool:
+        arrays = {slot.name: to_numpy(values[slot.name]) for slot in use.columns}
+        count = len(next(iter(values.values()))) if values else 0
+        if not arrays:
+            arrays = {"nothing": np.zeros(count or BLOCK, np.bool_)}
+        self.report.filled_rows += count
+        kept = use.store.write(first, arrays)
+        if not kept:
+            self.report.note(
+                "the budget is full: samples beyond it are computed anew in every epoch"
+            )
+        return kept
+
+    def _refillable(self, use: _Use) -> _Use | None:
+        """A shallower region from which this one can be filled: never from the input again."""
+        if use.ragged:
+            return None
+        for older in reversed(self._uses.get(use.source.name, [])):
+            fits = older is not use and older.training == use.training and older.usable()
+            if fits and set(older.region.skipped) <= set(use.region.skipped):
+                return older
+        return None
+
+    def _refill(
+        self, use: _Use, older: _Use, firsts: list[int], view: int, batch: Batch
+    ) -> list[int]:
+        """Fill blocks from a shallower store; the ones that could not be are given back."""
+        left: list[int] = []
+        for first in firsts:
+            rows = _block(first, view, use.source)
+            values, good = older.store.read(rows)
+            if not good.all():
+                left.append(first)
+                continue
+            known = {s.name: to_torch(values[s.name], s.dtype) for s in older.columns}
+            try:
+                found = use.region.refill(older.region, _shapes(use.looks, len(rows)), known)
+            except FrontierError:
+                return [*left, *(f for f in firsts if f >= first)]
+            if not self._write(use, int(rows[0]), found):
+                return []
+        return left
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """The forward of a model under a cache; copies of the model have their own forward again."""
+
+    cache: FrontierCache
+    root: nn.Module
+    original: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Through the cache if all tensors are those of one batch, else as ever."""
+        batch = _batch_of(args, kwargs)
+        if batch is None:
+            return self.original(*args, **kwargs)
+        return self.cache.forward(batch, self.original, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return types.MethodType(type(self.root).forward, memo[id(self.root)])
+
+    def __reduce__(self) -> Any:
+        return types.MethodType, (type(self.root).forward, self.root)
+
+
+def _batch_of(args: Any, kwargs: Any) -> Batch | None:
+    """The batch whose arguments these are, all of them and unchanged; None otherwise."""
+    leaves = [x for x in leaves_of((args, kwargs)).items if isinstance(x, Tensor)]
+    if not leaves or type(leaves[0]) is not StandIn:
+        return None
+    batch = leaves[0].node.session
+    if not isinstance(batch, Batch):
+        return None
+    ours = all(
+        type(leaf) is StandIn and leaf.node.session is batch and leaf.node.id == place
+        for place, leaf in enumerate(leaves)
+    )
+    return batch if ours else None
+
+
+def _real(leaf: Any) -> Any:
+    return leaf.node.real() if type(leaf) is StandIn else leaf
+
+
+def _few(example: Example) -> Example:
+    return rows_of(example, range(min(2, batch_size(example))))
+
+
+def _shapes(example: Example, count: int) -> Example:
+    """A batch that looks like this one, of another number of samples."""
+    size = batch_size(example)
+
+    def show(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        whole = leaf.ndim and len(leaf) == size
+        shape = (count, *leaf.shape[1:]) if whole else tuple(leaf.shape)
+        return torch.empty(shape, dtype=leaf.dtype, device="meta")
+
+    return Example(*map_leaves((example.args, dict(example.kwargs)), show, objects=True))
+
+
+def _block(first: int, view: int, source: Source) -> NDArray[np.int64]:
+    start = view * padded(source.samples) + first
+    return np.arange(start, start + min(BLOCK, source.samples - first), dtype=np.int64)
+
+
+def _padded_to(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    out = torch.zeros(shape, dtype=value.dtype)
+    cut = tuple(slice(0, min(a, b)) for a, b in zip(value.shape, shape, strict=True))
+    out[cut] = value[cut]
+    return out
+
+
+def _difference(one: Any, other: Any) -> str | None:
+    """What two outputs of a model differ in beyond rounding, in words; None if in nothing."""
+    a = [x for x in leaves_of(one).items if isinstance(x, Tensor)]
+    b = [x for x in leaves_of(other).items if isinstance(x, Tensor)]
+    if len(a) != len(b):
+        return f"{len(b)} tensors come out where the full forward pass gives {len(a)}"
+    for place, (x, y) in enumerate(zip(a, b, strict=True)):
+        if x.shape != y.shape:
+            return f"output {place} has shape {tuple(y.shape)}, not {tuple(x.shape)}"
+        if not close(x.detach(), y.detach()):
+            worst = float((x.detach().double() - y.detach().double()).abs().max())
+            return f"output {place} is off by {worst:.3g}"
+    return None
