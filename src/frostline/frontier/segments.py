@@ -130,7 +130,8 @@ class Table:
         numbers = np.arange(first, first + len(found))
         if self.column.ragged:
             lengths = found["length"] & np.uint64(0xFFFFFFFF)
-            there &= found["length"] == self._sealed(numbers, lengths)
+            # A damaged length must not lead anywhere; under another one the checksum fails.
+            lengths[found["length"] != self._sealed(numbers, lengths)] = 0
             self._lengths[numbers[there]] = lengths[there]
         self._sums[numbers[there]] = found["sum"][there]
 
