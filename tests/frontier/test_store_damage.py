@@ -236,9 +236,9 @@ def test_a_failing_call_is_a_clean_error(tmp_path: Path, fault: str, for_ever: b
     folder = tmp_path / "s"
     calls = count_calls(lambda: fill(tmp_path / "counted"))
     for at in range(calls):
-        with use_disk(FaultyDisk(at, fault, for_ever=for_ever)):
-            with contextlib.suppress(StorageError):
-                fill(folder)
+        disk = FaultyDisk(at, fault, for_ever=for_ever)
+        with use_disk(disk), contextlib.suppress(StorageError):
+            fill(folder)
         if (folder / "store.json").exists():
             believed(opened(folder))
         fill(folder)
