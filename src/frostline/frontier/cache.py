@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -126,6 +126,8 @@ class Batch:
         indices: (N,) numbers of the samples.
         views: (N,) view of each.
         first: whether it is the first of an epoch: regions change here if they can.
+        order: rows of this and the following batches of the epoch, as far as known: they are
+            computed at once and read ahead.
         example: the model's arguments, if they are loaded already.
         device: where the model wants them.
     """
@@ -137,9 +139,11 @@ class Batch:
         views: Sequence[int],
         *,
         first: bool = False,
+        order: Sequence[NDArray[np.int64]] = (),
         example: Example | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.order = order
         self.source = source
         self.indices = np.asarray(indices, np.int64)
         self.views = np.asarray(views, np.int64)
@@ -281,9 +285,13 @@ class FrontierCache:
         budget_bytes: the most that this model's stores may take; None: no bound.
         min_gain: do not cache where less than this share of a step is saved, in [0, 1).
         seed: decides which batches are checked.
+        strict: which region serves a batch follows from the plan of now and that of the start of
+            the epoch alone, so that an interrupted run can go on bit for bit; see `start_epoch`.
 
     Attributes:
         report: what it did.
+        verdicts: by digest of a store's key, whether caching was found worth while. Measured, so a
+            run that is gone on with takes over what the first session found.
 
     Example:
         Used by `frostline.fit`; in a loop of your own, see `frostline.frontier.loader`.
@@ -298,7 +306,11 @@ class FrontierCache:
         budget_bytes: int | None = None,
         min_gain: float = 0.05,
         seed: int = 0,
+        strict: bool = False,
     ) -> None:
+        self._strict = strict
+        self._trained: frozenset[str] = frozenset()
+        self.verdicts: dict[str, bool] = {}
         self._root = unwrapped(model)
         self._library = Library() if library is None else library
         self._encoding: Encoding = encoding
@@ -352,6 +364,14 @@ class FrontierCache:
         finally:
             if gate is not None:
                 vars(self._root)["forward"] = gate
+
+    def start_epoch(self, trained: Collection[str] = ()) -> None:
+        """From now on the region may only hold what was frozen when the epoch began.
+
+        Args:
+            trained: names of the parameters that trained in the first update of this epoch.
+        """
+        self._trained = frozenset(trained)
 
     def arguments(self, batch: Batch) -> Example:
         """What to call the model with for this batch: stand-ins, where nothing must be loaded."""
@@ -477,30 +497,34 @@ class FrontierCache:
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             for kind in ("cpu", "cuda")
         )
-        return training, bytes(map(_flag, self._parameters)), modes, autocast
+        return training, bytes(map(_flag, self._parameters)), modes, autocast, self._trained
 
     def _use_for(self, batch: Batch) -> _Use | None:
+        if all(map(_flag, self._parameters)):  # nothing is frozen, or not in this step
+            return None
         state = self._state(self._root.training)
         known, use = self._active.get(batch.source.name, (None, None))
         if known == state and (use is None or use.usable()):
             return use
-        if not batch.first and (old := self._shallower(batch, state)) is not None:
-            return old
+        if not batch.first and known is not None:
+            old = use if self._strict else self._shallower(batch)
+            if old is not None and old.usable() and old.region.changed() is None:
+                return old
+            if self._strict:
+                return None
         use = self._adopt(batch, state)
         self._active[batch.source.name] = state, use
         return use
 
-    def _shallower(self, batch: Batch, state: Any) -> _Use | None:
+    def _shallower(self, batch: Batch) -> _Use | None:
         """The deepest region used before that still holds: good for the rest of an epoch."""
         uses = [
             use
             for use in self._uses.get(batch.source.name, ())
-            if use.training == self._root.training and use.usable() and self._holds_modes(use)
+            if use.training == self._root.training and use.usable()
         ]
-        return max(uses, key=lambda use: len(use.frozen), default=None)
-
-    def _holds_modes(self, use: _Use) -> bool:
-        return use.region.changed() is None
+        holding = (use for use in uses if use.region.changed() is None)
+        return max(holding, key=lambda use: len(use.frozen), default=None)
 
     def _adopt(self, batch: Batch, state: Any) -> _Use | None:
         """The region of the model's present state, found if need be, with its store."""
@@ -511,7 +535,7 @@ class FrontierCache:
             self.report.find_s += time.perf_counter() - start
 
     def _adopted(self, batch: Batch, state: Any) -> _Use | None:
-        older = self._shallower(batch, state)
+        older = self._shallower(batch)
         found = self._found.get(state)
         example = self._sample(batch)
         if found is None:
@@ -541,7 +565,10 @@ class FrontierCache:
     def _find(self, example: Example, older: _Use | None) -> Region | str:
         try:
             region = find_region(
-                self._root, example, split=() if older is None else older.region.parts
+                self._root,
+                example,
+                split=() if older is None else older.region.parts,
+                live=self._trained,
             )
         except FrontierError as error:
             self.report.note(f"not cached: {error.found}")
@@ -647,18 +674,15 @@ class FrontierCache:
             found[slot.name][at] = _padded_to(value, (len(places), *found[slot.name].shape[1:]))
 
     def _fill(self, use: _Use, batch: Batch) -> None:
-        """Compute and store every block of this source's views that this epoch will need."""
+        """Compute and store the blocks that this batch and the known following ones need."""
         start = time.perf_counter()
+        rows = np.concatenate([batch.rows, *batch.order])
+        missing = np.unique(rows[~use.store.present(rows)] // BLOCK) * BLOCK
         stride = padded(use.source.samples)
-        for view in np.unique(batch.views).tolist():
-            firsts = [
-                first
-                for first in range(0, use.source.samples, BLOCK)
-                if not use.store.present(_block(first, view, use.source)).all()
-            ]
-            older = self._refillable(use)
-            if older is not None:
-                firsts = self._refill(use, older, firsts, view, batch)
+        for view in np.unique(missing // stride).tolist():
+            firsts = [int(row % stride) for row in missing if row // stride == view]
+            if (older := self._refillable(use)) is not None:
+                firsts = self._refill(use, older, firsts, view)
             for first, example in use.source.blocks(firsts, view) if firsts else ():
                 values = use.region.fill(moved(example, batch.real_device))
                 if not self._write(use, view * stride + first, values):
@@ -683,7 +707,8 @@ class FrontierCache:
 
     def _refillable(self, use: _Use) -> _Use | None:
         """A shallower region from which this one can be filled: never from the input again."""
-        if use.ragged:
+        # Rounded values would make what is stored depend on how the plan came about.
+        if use.ragged or self._encoding != "exact":
             return None
         for older in reversed(self._uses.get(use.source.name, [])):
             fits = older is not use and older.training == use.training and older.usable()
@@ -691,9 +716,7 @@ class FrontierCache:
                 return older
         return None
 
-    def _refill(
-        self, use: _Use, older: _Use, firsts: list[int], view: int, batch: Batch
-    ) -> list[int]:
+    def _refill(self, use: _Use, older: _Use, firsts: list[int], view: int) -> list[int]:
         """Fill blocks from a shallower store; the ones that could not be are given back."""
         left: list[int] = []
         for first in firsts:

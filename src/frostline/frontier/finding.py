@@ -136,13 +136,25 @@ def rows_of(example: Example, rows: Sequence[int]) -> Example:
     return Example(args, kwargs)
 
 
-def record(model: nn.Module, example: Example, keep: Callable[[Tensor], None]) -> Recording:
+def record(
+    model: nn.Module,
+    example: Example,
+    keep: Callable[[Tensor], None],
+    live: Collection[str] = (),
+) -> Recording:
     """Run the model as it is on a few samples and write down what happens.
 
     Call it inside `leave_untouched`.
+
+    Args:
+        model: to run.
+        example: a few samples.
+        keep: called with a parameter before it is written to.
+        live: names of parameters that count as trained, whatever they say.
     """
     args, kwargs = map_leaves((example.args, dict(example.kwargs)), _own, objects=True)
     taint = Taint(model, list(tensors_in((args, kwargs))), keep)
+    taint.mark([p for n, p in model.named_parameters(remove_duplicate=False) if n in live])
     recorder = Recorder(model, taint)
     modules = {name: module for name, module in model.named_modules() if name}
     wrap = lambda leaf: recorder.input(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731

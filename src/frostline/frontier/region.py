@@ -102,7 +102,13 @@ class _Tape:
     samples: int
 
 
-def find_region(model: nn.Module, example: Example, *, split: Collection[str] = ()) -> Region:
+def find_region(
+    model: nn.Module,
+    example: Example,
+    *,
+    split: Collection[str] = (),
+    live: Collection[str] = (),
+) -> Region:
     """Find what of a model need not be computed again, under its present state.
 
     Frozen is what depends on no parameter that requires grad, on no random number and on no
@@ -112,6 +118,7 @@ def find_region(model: nn.Module, example: Example, *, split: Collection[str] = 
         model: as it is trained: `requires_grad` and modes as the plan sets them.
         example: a batch of at least 3 different samples, samples first.
         split: names of modules that must be skipped by themselves, not inside a larger one.
+        live: names of parameters that count as trained, though they do not require grad now.
 
     Raises:
         FrontierError: the model cannot be replayed; says which module and why.
@@ -129,7 +136,7 @@ def find_region(model: nn.Module, example: Example, *, split: Collection[str] = 
     for pair in _PAIRS:
         try:
             with leave_untouched(root) as keep:
-                return _find(root, example, pair, keep, split)
+                return _find(root, example, pair, keep, split, live)
         except FrontierError as error:
             failures.append(error)
     raise failures[0]
@@ -141,14 +148,15 @@ def _find(
     pair: tuple[int, int],
     keep: Callable[[Tensor], None],
     split: Collection[str],
+    live: Collection[str],
 ) -> Region:
     three = rows_of(example, (0, 1, 2))
     try:
         with torch.no_grad():
             own = rows_of(three, (0, 1, 2))
             root(*own.args, **own.kwargs)  # modules swapped and caches filled at the first pass
-        one = record(root, three, keep)
-        other = record(root, rows_of(example, pair), keep)
+        one = record(root, three, keep, live)
+        other = record(root, rows_of(example, pair), keep, live)
     except FrontierError:
         raise
     except Exception as error:
