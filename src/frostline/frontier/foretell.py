@@ -1,11 +1,11 @@
 """What training will cost at every depth of freezing, with and without the cache, foretold.
 
-Depth counts frozen layer groups from the input: 0, 1, ... all but the head. At a few depths,
-the anchors, real training steps are run (`frostline.frontier.trial`) and timed, the frozen region
-is found, filled once and replayed, and the growth of the peak of memory is read. Between two anchors a
-figure follows the sum of the measured costs of the groups: it moves from the one anchor to the
-other by the share of the way that the sum has gone. The bytes of a stored sample are asked of
-the region itself at every depth.
+Depth counts frozen layer groups from the input: 0, 1, ... all but the head. At a few depths, the
+anchors, real training steps are run (`frostline.frontier.trial`) and timed, the frozen region is
+found, filled, stored and replayed, and the growth of the peak of memory is read. Between two
+anchors a figure follows the sum of the measured costs of the groups: it moves from the one anchor
+to the other by the share of the way that the sum has gone. The bytes of a stored sample are asked
+of the region itself at every depth.
 
 From these parts `foretell_epochs` is arithmetic, without any measurement: epochs from steps, the
 first epoch with the filling of the cache in it, and after how many epochs the cache has paid.
@@ -13,6 +13,7 @@ first epoch with the filling of the cache in it, and after how many epochs the c
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import time
@@ -51,9 +52,11 @@ __all__ = [
 
 #: Share of a run's time that a cache must save to be worth its disk and its risk.
 LEAST_GAIN = 0.05
-ANCHORS = 5
+ANCHORS = 6
 #: Samples that are enough to find a region.
 FEW = 4
+#: Share of the time that this process has the processor on a quiet machine, at least.
+_UNDISTURBED = 0.8
 
 Progress = Callable[[str], None]
 
@@ -74,6 +77,7 @@ class DepthCost:
         read_s: seconds to read the stored rows of one batch, in any order, checksums compared.
         write_s: seconds to write them.
         row_bytes: bytes stored per sample, without the few that the store adds.
+        saved_bytes: bytes of a checkpoint, and of the weights once more for the best epoch.
         peak_memory_bytes: weights, and the most memory in use above them during steps without
             the cache; None where it cannot be known.
         tried: whether steps were run at this depth; figures of others lie between two that were.
@@ -90,6 +94,7 @@ class DepthCost:
     read_s: float
     write_s: float
     row_bytes: int | None
+    saved_bytes: int
     peak_memory_bytes: int | None
     tried: bool
     refused: str = ""
@@ -103,11 +108,18 @@ class StepCosts:
         batch_size: samples in the batch.
         depths: one entry per depth, from 0.
         spent_s: seconds the prediction itself took.
+        processor_s: processor seconds of this process in that time.
     """
 
     batch_size: int
     depths: tuple[DepthCost, ...]
     spent_s: float = 0.0
+    processor_s: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others had the processor for a part of the time, so that times are too long."""
+        return self.processor_s < _UNDISTURBED * self.spent_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +135,7 @@ class Workload:
         cores: processors that they share with training.
         views: stored views per sample, >= 1.
         epochs: length of the run, >= 1: for the gain and the advice.
-        extra_s: seconds of each epoch that no freezing changes (checkpoints).
+        save_s: seconds to save one byte of a checkpoint at the end of each epoch.
     """
 
     samples: int
@@ -134,7 +146,7 @@ class Workload:
     cores: int = 1
     views: int = 1
     epochs: int = 10
-    extra_s: float = 0.0
+    save_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +194,7 @@ def foretell_epochs(steps: StepCosts, work: Workload) -> tuple[EpochCost, ...]:
     Validation samples are stored like training samples, in one view.
 
     Example:
-        >>> cost = DepthCost(1, ("a",), 1.0, 0.2, 0.4, 0.4, 0.1, 0.05, 0.1, 100, None, tried=True)
+        >>> cost = DepthCost(1, ("a",), 1.0, 0.2, 0.4, 0.4, 0.1, 0.05, 0.1, 100, 0, None, True)
         >>> [epoch] = foretell_epochs(StepCosts(10, (cost,)), Workload(samples=40, epochs=4))
         >>> epoch.epoch_s, epoch.first_epoch_s, epoch.cached_epoch_s, epoch.break_even_epochs
         (4.0, 3.0, 1.0, 1)
@@ -196,7 +208,8 @@ def _epochs_at(cost: DepthCost, batch_size: int, work: Workload) -> EpochCost:
     steps, validations = work.samples / batch_size, work.val_samples / batch_size
     load = _with_workers(work, work.samples * work.load_s, steps * cost.step_s)
     val_load = _with_workers(work, work.val_samples * work.val_load_s, validations * cost.eval_s)
-    epoch = load + val_load + work.extra_s
+    saving = cost.saved_bytes * work.save_s
+    epoch = load + val_load + saving
     if (
         cost.cached_step_s is None
         or cost.fill_s is None
@@ -207,7 +220,7 @@ def _epochs_at(cost: DepthCost, batch_size: int, work: Workload) -> EpochCost:
     cached = (
         steps * (cost.cached_step_s + cost.read_s)
         + validations * (cost.cached_eval_s + cost.read_s)
-        + work.extra_s
+        + saving
     )
     each = cost.fill_s + cost.write_s
     fill = _with_workers(work, work.samples * work.load_s, steps * each)
@@ -305,14 +318,14 @@ def foretell_steps(
         >>> [(c.depth, c.row_bytes) for c in costs.depths]
         [(0, None), (1, 256), (2, 256)]
     """
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     say = progress or (lambda _: None)
     batch = Example.of(example)
     size = samples_in(batch)
     if not groups.measured:
         say(f"costs of {len(groups)} layer groups, on a batch of {size}")
         groups = measure_costs(model, groups, batch, repeats=1)
-    shape = _Shape.of(model, groups)
+    shape = _Shape.of(groups)
     tried = anchors_among(shape, anchors)
     with rehearsal(model, groups, batch, recipe or Recipe()) as stage:
         found = _Found(stage, _few_samples(batch, size), times, folder)
@@ -325,7 +338,8 @@ def foretell_steps(
                 say(f"cached steps with {depth} of {len(groups)} groups frozen")
             found.cached(depth, run=depth in tried)
     depths = tuple(_cost_at(d, groups, shape, found, tried) for d in shape.depths)
-    return StepCosts(size, depths, time.perf_counter() - started)
+    spent = time.perf_counter() - started
+    return StepCosts(size, depths, spent, time.process_time() - processor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +352,7 @@ class _Shape:
     memory: tuple[float, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, groups: LayerGroups) -> _Shape:
+    def of(cls, groups: LayerGroups) -> _Shape:
         last = min((g.depth for g in groups if g.name in groups.head), default=len(groups) - 1)
         plans = [FreezePlan(frozen=frozenset(groups.names[:d])) for d in range(last + 1)]
         costs = [g.cost or GroupCost() for g in groups]
@@ -379,7 +393,7 @@ def anchors_among(shape: _Shape, count: int) -> tuple[int, ...]:
         )
 
     while len(chosen) < min(count, last + 1):
-        gaps = [(a, b) for a, b in zip(chosen, chosen[1:], strict=False) if b - a > 1]
+        gaps = [(a, b) for a, b in itertools.pairwise(chosen) if b - a > 1]
         one, other = max(gaps, key=change)
         middles = range(one + 1, other)
         middle = min(middles, key=lambda m: abs(change((one, m)) - change((m, other))))
@@ -404,6 +418,7 @@ class _Found:
         self.write: dict[int, float] = {}
         self.row_bytes: dict[int, int] = {}
         self.refused: dict[int, str] = {}
+        self._state_share = 0.0
         self._weights = sum(t.nbytes for t in (*stage.model.parameters(), *stage.model.buffers()))
 
     def settle(self, depth: int) -> None:
@@ -411,7 +426,13 @@ class _Found:
         self._stage.freeze(depth)
         self._stage.step()
         self._stage.evaluate()
+        self._state_share = self._stage.state_share()
         self._stage.memory.start()
+
+    def saved_bytes(self, groups: LayerGroups, depth: int) -> float:
+        """Bytes of a checkpoint and of the best weights."""
+        trained = sum(p.size_bytes for g in groups[depth:] for p in g.parameters)
+        return 2 * self._weights + self._state_share * trained
 
     def plain(self, depth: int) -> None:
         """Steps without the cache."""
@@ -425,8 +446,10 @@ class _Found:
 
     def cached(self, depth: int, *, run: bool) -> None:
         """The region at this depth, and steps on stored rows where asked for."""
-        if not depth:
+        if not depth:  # the end from which cached figures start
             self.refused[0] = "nothing is frozen"
+            self.cached_step[0] = self.step[0]
+            self.fill[0] = self.read[0] = self.write[0] = 0.0
             return
         stage = self._stage
         stage.freeze(depth)
@@ -448,6 +471,8 @@ class _Found:
         rows = fill()
         replay = partial(region.run, stage.example, rows)
         self.cached_step[depth] = stage.seconds(lambda: stage.step(replay), times=self._times)
+        # Once more, close in time: on a busy machine the two must be comparable.
+        self.step[depth] = min(self.step[depth], stage.seconds(stage.step, times=1))
         self.write[depth], self.read[depth] = store_seconds(rows, self._folder, times=self._times)
 
 
@@ -476,6 +501,7 @@ def _cost_at(
         cached_eval_s=None if cached is None else min(cached, evaluation * (1 - share)),
         read_s=0.0 if refused else _between(found.read, sizes, depth) or 0.0,
         write_s=0.0 if refused else _between(found.write, sizes, depth) or 0.0,
+        saved_bytes=round(found.saved_bytes(groups, depth)),
         row_bytes=None if refused else found.row_bytes.get(depth),
         peak_memory_bytes=None if memory is None else round(memory),
         tried=depth in tried,

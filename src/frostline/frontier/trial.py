@@ -38,6 +38,7 @@ from frostline.plan import FreezePlan
 __all__ = ["Recipe", "Rehearsal", "any_loss", "rehearsal"]
 
 Work = Callable[[], Any]
+_AT_LEAST_S, _AT_MOST = 0.2, 50
 
 
 def any_loss(output: Any) -> Tensor:
@@ -179,10 +180,26 @@ class Rehearsal:
             self.forward()
         self.model.train()
 
+    def state_share(self) -> float:
+        """Bytes that the optimizer remembers per byte of a parameter that trains."""
+        sizes = [
+            (p.nbytes, sum(v.nbytes for v in state.values() if isinstance(v, Tensor)))
+            for p, state in self._optimizer.state.items()
+        ]
+        return sum(s for _, s in sizes) / sum(p for p, _ in sizes) if sizes else 0.0
+
     def seconds(self, work: Work, *, times: int) -> float:
-        """The least of several runs, after one to warm up: what else runs can only add."""
+        """The least of several runs, after one to warm up: what else runs can only add.
+
+        Args:
+            work: what to time.
+            times: how often at least; work that is soon done is run for a fifth of a second.
+        """
         work()
-        return min(self._once(work) for _ in range(max(1, times)))
+        took = [self._once(work)]
+        while len(took) < times or (sum(took) < _AT_LEAST_S and len(took) < _AT_MOST):
+            took.append(self._once(work))
+        return min(took)
 
     def _once(self, work: Work) -> float:
         self._wait()

