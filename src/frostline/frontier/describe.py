@@ -326,15 +326,17 @@ class Describer:
         if cls.__module__ == "contextlib" and hasattr(value, "gen"):
             # What `contextmanager` makes; as a decorator it makes itself anew at every call.
             return ["context", *self._all((value.func, value.args, value.kwds))]
+        try:
+            state = value.__reduce_ex__(4)
+        except Exception:  # noqa: BLE001  code of others; whatever it raises, its state is not known
+            return self._unknown(_plain_name(cls))
+        if isinstance(state, str) and self._versioned(getattr(value, "__module__", None)):
+            return ["global", value.__module__, state]  # a compiled function, a sentinel
         told: list[Any] = ["object", _name(cls), self._describe(cls)]
         own = getattr(value, "__dict__", None)
         if own is not None:
             told.append(self._attributes(own))
         told.append(self._attributes(dict(_slots(value))))
-        try:
-            state = value.__reduce_ex__(4)
-        except Exception:  # noqa: BLE001  code of others; whatever it raises, its state is not known
-            return self._unknown(_plain_name(cls))
         if _pickles_plainly(cls):  # it has no state but attributes and slots: `state` repeats them
             return told
         if isinstance(state, str):
@@ -383,7 +385,7 @@ def _name(cls: type) -> str:
 
 def _plain_name(cls: type) -> str:
     name = _name(cls).removeprefix("builtins.")
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+    return f"an {name}" if name.lstrip("_")[0] in "aeiou" else f"a {name}"
 
 
 def _is_code(value: Any) -> bool:

@@ -90,9 +90,10 @@ class CacheKey:
             return ()
         found: list[str] = []
         for section in sorted({*self.parts, *other.parts}):
-            old, new = self.parts.get(section), other.parts.get(section)
-            if _io.canonical_json(old) != _io.canonical_json(new):
-                found += _SECTIONS.get(section, _settings)(section, old, new)
+            old, new = (key.parts.get(section, _ABSENT) for key in (self, other))
+            if not _same(old, new):
+                say = _SECTIONS.get(section, _settings)
+                found += say(section, old, new) or _settings(section, old, new)
         return tuple(found)
 
 
@@ -243,9 +244,11 @@ _COMPUTE = {
 
 
 def _compute(_section: str, old: Any, new: Any) -> list[str]:
-    return _leaves(
-        old, new, lambda name, a, b: _COMPUTE.get(name, f"{name} {{0}}, now {{1}}").format(a, b)
-    )
+    def say(name: str, a: str, b: str) -> str:
+        text = _COMPUTE.get(name, f"{name} {{0}}, now {{1}}").format(a, b)
+        return text.replace("with 1 threads", "with 1 thread")
+
+    return _leaves(old, new, say)
 
 
 def _settings(section: str, old: Any, new: Any) -> list[str]:
@@ -266,8 +269,7 @@ _ABSENT = object()
 
 
 def _differing(old: Any, new: Any, place: str) -> Iterator[tuple[str, Any, Any]]:
-    there = old is not _ABSENT and new is not _ABSENT
-    if there and _io.canonical_json(old) == _io.canonical_json(new):  # tells 1, 1.0 and true apart
+    if _same(old, new):
         return
     inner: Sequence[tuple[str, Any, Any]] = ()
     if isinstance(old, dict) and isinstance(new, dict) and not _is_unknown(old | new):
@@ -281,8 +283,15 @@ def _differing(old: Any, new: Any, place: str) -> Iterator[tuple[str, Any, Any]]
         yield from _differing(a, b, f"{place}.{name}" if place else name)
 
 
+def _same(old: Any, new: Any) -> bool:
+    """Equal as JSON, which tells 1, 1.0 and true apart."""
+    if old is _ABSENT or new is _ABSENT:
+        return old is new
+    return _io.canonical_json(old) == _io.canonical_json(new)
+
+
 def _shown(value: Any) -> str:
-    if value is _ABSENT or value is None:
+    if value is _ABSENT:
         return "nothing"
     if _is_unknown(value):
         return f"unknown ({value['unknown']})"

@@ -446,9 +446,11 @@ def _device(device: torch.device) -> Any:
 
 
 def _autocast(kind: str) -> str:
-    if not torch.is_autocast_enabled(kind):
+    try:
+        enabled = torch.is_autocast_enabled(kind)
+    except RuntimeError:  # a kind that has none
         return "off"
-    return str(torch.get_autocast_dtype(kind))
+    return str(torch.get_autocast_dtype(kind)) if enabled else "off"
 
 
 @functools.cache
