@@ -20,11 +20,15 @@ __all__ = ["app", "run"]
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """A sub-command: imported from the module of its name when it is called."""
+    """A sub-command: its module is imported when it is called."""
 
     name: str
     about: str
     examples: tuple[str, ...]
+
+    @property
+    def function(self) -> str:
+        return "list_" if self.name == "list" else self.name  # `list` has a meaning already
 
 
 _COMMANDS = (
@@ -65,26 +69,64 @@ _COMMANDS = (
     ),
 )
 
+_CACHE_COMMANDS = (
+    _Command(
+        "list",
+        "List the entries: state, size, rows, when they were last used, what they are.",
+        ("frostline cache list", "frostline cache list --folder /data/stores --json"),
+    ),
+    _Command(
+        "inspect",
+        "Show what an entry depends on, and why it would or would not be used here and now.",
+        ("frostline cache inspect 3f9a", "frostline cache inspect 3f9a --json"),
+    ),
+    _Command(
+        "prune",
+        "Remove entries that nobody uses; what they held is computed again when it is needed.",
+        (
+            "frostline cache prune --older-than 30d --keep-bytes 10GiB",
+            "frostline cache prune --damaged --dry-run",
+            "frostline cache prune 3f9a",
+        ),
+    ),
+    _Command(
+        "verify",
+        "Read every row of these entries, or of all, and compare its checksum.",
+        ("frostline cache verify", "frostline cache verify 3f9a"),
+    ),
+)
+
 
 def _examples(lines: Iterable[str]) -> str:
     return "\n".join(("Examples:", "", *(f"    {line}" for line in lines)))
 
 
-app = App(
-    name="frostline",
-    help="Fine-tune with layers frozen: frozen means frozen, measured, and chosen on evidence.",
-    help_epilogue=_examples(command.examples[0] for command in _COMMANDS),
-    help_format="plaintext",
-    version=__version__,
-    suppress_keyboard_interrupt=False,
-)
-for _command in _COMMANDS:
-    app.command(
-        f"frostline.cli.{_command.name}:{_command.name}",
-        name=_command.name,
-        help=_command.about,
-        help_epilogue=_examples(_command.examples),
+def _group(name: str, about: str, commands: Sequence[_Command]) -> App:
+    return App(
+        name=name,
+        help=about,
+        help_epilogue=_examples(command.examples[0] for command in commands),
+        help_format="plaintext",
+        version=__version__,
+        suppress_keyboard_interrupt=False,
     )
+
+
+app = _group(
+    "frostline",
+    "Fine-tune with layers frozen: frozen means frozen, measured, and chosen on evidence.",
+    _COMMANDS,
+)
+_cache = _group("cache", "What is stored of frozen regions.", _CACHE_COMMANDS)
+for _parent, _module, _commands in ((app, "", _COMMANDS), (_cache, "cache", _CACHE_COMMANDS)):
+    for _command in _commands:
+        _parent.command(
+            f"frostline.cli.{_module or _command.name}:{_command.function}",
+            name=_command.name,
+            help=_command.about,
+            help_epilogue=_examples(_command.examples),
+        )
+app.command(_cache)
 
 
 def run(arguments: Sequence[str]) -> int:
