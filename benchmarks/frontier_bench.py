@@ -7,6 +7,7 @@ import json
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ def gather(
         measurements: by name; each gives one entry of the log's "results".
         table: Markdown from the log alone.
     """
-    file = chosen.log or RESULTS / (f"{name}.quick.json" if chosen.quick else f"{name}.json")
+    quick = Path(tempfile.gettempdir()) / f"{name}.quick.json"
+    file = chosen.log or (quick if chosen.quick else RESULTS / f"{name}.json")
     log: dict[str, Any] = {"results": []}
     if file.exists() and (chosen.report or chosen.only):
         log = json.loads(file.read_text("utf-8"))

@@ -237,7 +237,10 @@ def resnet20(classes: int) -> nn.Module:
     from safetensors.torch import load_file  # noqa: PLC0415
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from models_for_tests import resnet20 as make  # noqa: PLC0415  tests are no package
+    # Tests are no package.
+    from models_for_tests import (  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+        resnet20 as make,
+    )
 
     weights = load_file(SHARED / "models/resnet_cifar10/resnet20.safetensors")
     body = {name: w for name, w in weights.items() if not name.startswith("linear.")}

@@ -96,11 +96,12 @@ def _chained(links: Sequence[Link]) -> Link:
 def set_frozen(model: nn.Module, names: Sequence[str]) -> None:
     """Everything trains except these modules (and loose parameters) and all inside them."""
     model.train()
-    model.requires_grad_(requires_grad=True)
+    for parameter in model.parameters():
+        parameter.requires_grad = True
     for name in names:
         found = dict(model.named_parameters()).get(name)
         if found is not None:
-            found.requires_grad_(requires_grad=False)
+            found.requires_grad = False
             continue
         module = model.get_submodule(name).eval()
         module.requires_grad_(requires_grad=False)
@@ -364,7 +365,7 @@ def wav2vec2(batch: int, *, width: int = 256, layers: int = 6) -> Subject:
         conv_dim=(width,) * 7,
         num_conv_pos_embeddings=64,
         classifier_proj_size=width,
-        num_labels=10,
+        id2label={i: str(i) for i in range(10)},
         layerdrop=0.0,
         mask_time_prob=0.0,
         mask_feature_prob=0.0,
@@ -501,14 +502,14 @@ def caffe_picture(picture: Any) -> Tensor:
     size = tuple(max(side, math.ceil(scale * edge)) for edge in picture.size)
     left, top = ((edge - side) // 2 for edge in size)
     cut = picture.convert("RGB").resize(size).crop((left, top, left + side, top + side))
-    pixels = np.asarray(cut, dtype=np.float32)[:, :, ::-1] - np.float32((104, 117, 123))
+    pixels = np.asarray(cut, dtype=np.float32)[:, :, ::-1] - np.array((104, 117, 123), np.float32)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def convert_lite0(target: Path) -> Path:
     """EfficientNet-lite0's ImageNet weights under timm's names, as the demo converts them."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-    import digits  # noqa: PLC0415
+    import digits  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
 
     if not target.exists():
         digits.WEIGHTS = target

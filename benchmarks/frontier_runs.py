@@ -104,7 +104,7 @@ def jobs(scratch: Path, *, quick: bool) -> dict[str, Job]:
             text, "trec6", probe, epochs, {**texts, "checkpoint_every": "1ep"},
         ),
         "fsdd-kwt1-probe": Job(
-            "fsdd, KWT-1, linear probing", "kwt1", "fsdd", "13", epochs, {"lr": 3e-3}, TARGET
+            "fsdd, KWT-1, linear probing", "kwt1", "fsdd", "13", epochs, {"lr": 1e-2}, TARGET
         ),
         "flowers5-lite0-half": Job(
             f"flowers5, EfficientNet-lite0 at {side} px, half frozen",

@@ -144,7 +144,7 @@ class SoundRun:
     def result(self, note: Callable[[str], None]) -> dict[str, Any]:
         """Train, evaluate and test; `note` is told of start, epochs and end."""
         note("start")
-        step, losses = 0, list[float]()
+        step, losses, accuracy = 0, list[float](), 0.0
         trained, validated = self._rows("train"), self._rows("val")
         for epoch in range(self.epochs):
             self.cut.freeze(self.model)

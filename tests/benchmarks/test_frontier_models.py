@@ -25,7 +25,9 @@ def chains() -> dict[str, Any]:
     mask = torch.ones_like(ids)
     short = mask.clone()
     short[0, 5:] = 0
+    pooled, call = MeanPooledClassifier(bert, 4), models.call_bert
     sound = models.wav2vec2(2, width=32, layers=2)
+    waves = tuple(t[:3] for t in sound.inputs)
     return {
         "resnet": (
             torchvision.models.resnet18(num_classes=4),
@@ -39,16 +41,16 @@ def chains() -> dict[str, Any]:
             (torch.randn(3, 3, 32, 32),),
             None,
         ),
-        "bert": (MeanPooledClassifier(bert, 4), models.bert_parts(2, padded=False), (ids, mask), models.call_bert),
-        "padded bert": (MeanPooledClassifier(bert, 4), models.bert_parts(2, padded=True), (ids, short), models.call_bert),
-        "wav2vec2": (sound.model, models.wav2vec2_parts(2), tuple(t[:3] for t in sound.inputs), sound.call),
+        "bert": (pooled, models.bert_parts(2, padded=False), (ids, mask), call),
+        "padded bert": (pooled, models.bert_parts(2, padded=True), (ids, short), call),
+        "wav2vec2": (sound.model, models.wav2vec2_parts(2), waves, sound.call),
         "kwt": (
             models.KeywordTransformer(4, blocks=2),
             models.keyword_parts(2),
             (torch.randn(3, 16_000),),
             None,
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
