@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,16 +16,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Sampler,
+    Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
-from frostline.frontier.feed import Feed
+from frostline.errors import FrontierError
+from frostline.frontier.feed import BLOCK, Feed, SampleChanged
+from frostline.frontier.views import Views
 from generators import generator_states, shake_generators
 
 
@@ -227,3 +237,617 @@ def test_nothing_is_made_when_nobody_asks():
     assert data.made == 0
     tickets[3].load()
     assert data.made == len(tickets[3].indices)
+
+
+# -- blocks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_blocks_are_consecutive_samples_in_the_order_asked(workers):
+    feed = Feed(_loader(Numbered(), "shuffled", num_workers=workers))
+    shake_generators(1)
+    before = generator_states()
+    for firsts in ([64, 0, 32], [0], [], [32, 32]):
+        got = list(feed.blocks(firsts, 0))
+        assert [first for first, _ in got] == firsts
+        for first, (values, numbers) in got:
+            assert numbers.tolist() == list(range(first, min(first + BLOCK, 70)))
+            assert values[:, 0].tolist() == numbers.tolist()
+    assert generator_states() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_blocks_amid_an_epoch_do_not_move_it(workers):
+    plain = _plain_epochs(_loader(Numbered(), "shuffled", num_workers=workers), 2)
+    feed = Feed(_loader(Numbered(), "shuffled", num_workers=workers))
+    shake_generators(5)
+    ours = []
+    for epoch in range(2):
+        for ticket in feed.epoch(epoch):
+            blocks = list(feed.blocks([int(ticket.indices[0]) // BLOCK * BLOCK], 0))
+            assert len(blocks) == 1
+            ours.append((ticket.load(), torch.rand(()).item()))
+        ours.append(generator_states())
+    _same(plain, ours)
+
+
+def test_workers_of_blocks_stay():
+    def where(samples):
+        return os.getpid()
+
+    feed = Feed(_loader(Numbered(), "shuffled", num_workers=2, collate_fn=where))
+    seen = [{process for _, process in feed.blocks([0, 32], 0)} for _ in range(3)]
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) == 2
+    assert os.getpid() not in seen[0]
+    feed.close()
+    after = {process for _, process in feed.blocks([0, 32], 0)}
+    assert not after & seen[0]
+
+
+@pytest.mark.parametrize("first", [1, -32, 96, 70])
+def test_blocks_begin_at_multiples(first):
+    with pytest.raises(FrontierError, match="block of samples"):
+        Feed(_loader(Numbered(), "shuffled")).blocks([0, first], 0)
+
+
+@pytest.mark.parametrize("view", [-1, 1])
+def test_blocks_are_of_a_view_that_there_is(view):
+    with pytest.raises(FrontierError, match="1 views"):
+        Feed(_loader(Numbered(), "shuffled")).blocks([0], view)
+
+
+def test_a_second_call_ends_the_first():
+    feed = Feed(_loader(Numbered(), "shuffled"))
+    early = feed.blocks([0, 32], 0)
+    next(early)
+    assert [first for first, _ in feed.blocks([64], 0)] == [64]
+    with pytest.raises(FrontierError, match="asked for later"):
+        next(early)
+
+
+# -- views -----------------------------------------------------------------------------------------
+
+
+def _by_sample(batch: Any) -> dict[int, list[float]]:
+    values, numbers = batch
+    return dict(zip(numbers.tolist(), values.tolist(), strict=True))
+
+
+def test_a_view_is_a_function_of_index_view_and_seed_alone():
+    views = Views(3, seed=8)
+    seen: dict[tuple[int, int], list[float]] = {}
+
+    def check(ticket_or_block: Any, view: Any) -> None:
+        for place, (index, values) in enumerate(_by_sample(ticket_or_block).items()):
+            number = view if isinstance(view, int) else int(view[place])
+            assert seen.setdefault((index, number), values) == values
+
+    for workers in (0, 2):
+        feed = Feed(_loader(Noisy(), "shuffled", num_workers=workers), views=views)
+        shake_generators(workers)
+        for epoch in range(5):
+            for ticket in feed.epoch(epoch, load=("lazy", "all")[epoch % 2]):
+                assert ticket.view.tolist() == views.of(epoch, ticket.indices).tolist()
+                check(ticket.load(), ticket.view)
+        for view in range(3):
+            for _, block in feed.blocks([32, 64, 0], view):
+                check(block, view)
+        feed.close()
+    assert len(seen) == 3 * 70
+    contents = {tuple(v - i for v in values) for (i, _), values in seen.items()}
+    assert len(contents) == 3 * 70, "every view of every sample is another one"
+    other = Feed(_loader(Noisy(), "as they come"), views=Views(3, seed=9))
+    assert not any(values == seen[i, 0] for i, values in
+                   _by_sample(next(other.epoch(0)).load()).items())  # fmt: skip
+
+
+@pytest.mark.parametrize("load", ["lazy", "all"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_transforms_do_not_move_the_generators(load, workers):
+    plain = _plain_epochs(_loader(Numbered(), "shuffled", num_workers=workers), 2)
+    feed = Feed(_loader(Noisy(), "shuffled", num_workers=workers), views=Views(2))
+    ours = _feed_epochs(feed, 2, load)
+    assert [s[1] for s in plain if len(s) == 2] == [s[1] for s in ours if len(s) == 2]
+    assert plain[-1] == ours[-1]
+
+
+def test_random_transforms_need_views():
+    with pytest.raises(FrontierError, match="random transforms"):
+        Feed(_loader(Noisy(), "shuffled"))
+    feed = Feed(_loader(Noisy(), "shuffled"), views=Views(1, augmented=True))
+    batches = [[t.load()[0] for t in feed.epoch(e)] for e in range(2)]
+    assert torch.cat(batches[0]).sum() == pytest.approx(torch.cat(batches[1]).sum().item())
+
+
+def test_a_transform_that_draws_without_using_it_counts_as_random():
+    class Drawing(Numbered):
+        def __getitem__(self, index):
+            torch.rand(())
+            return super().__getitem__(index)
+
+    with pytest.raises(FrontierError, match="random transforms"):
+        Feed(_loader(Drawing(), "shuffled"))
+
+
+def test_a_generator_of_its_own_is_refused_in_any_case():
+    class Private(Numbered):
+        def __init__(self):
+            super().__init__()
+            self.generator = np.random.default_rng(0)
+
+        def __getitem__(self, index):
+            return self.generator.random()
+
+    for views in (Views(1), Views(4)):
+        with pytest.raises(FrontierError, match="generator of its own"):
+            Feed(_loader(Private(), "shuffled"), views=views)
+
+
+def test_a_random_collate_function_is_refused_in_any_case():
+    def masking(samples):
+        values = torch.stack([values for values, _ in samples])
+        return values * (torch.rand(values.shape) > 0.5), torch.tensor([n for _, n in samples])
+
+    for views in (Views(1), Views(4)):
+        with pytest.raises(FrontierError, match="collate function"):
+            Feed(_loader(Numbered(), "shuffled", collate_fn=masking), views=views)
+
+
+def test_looking_for_randomness_moves_no_generator():
+    shake_generators(2)
+    before = generator_states()
+    feed = Feed(_loader(Noisy(), "shuffled", num_workers=2), views=Views(2))
+    _ = feed.identity
+    assert generator_states() == before
+
+
+# -- data that changes -------------------------------------------------------------------------
+
+
+def test_a_sample_that_changes_is_noticed_when_it_is_loaded():
+    data = TensorDataset(torch.arange(70.0))
+    feed = Feed(_loader(data, "as they come"))
+    tickets = list(feed.epoch(0))
+    tickets[2].load()
+    tickets[3].load()
+    data.tensors[0][17] = -1
+    tickets[3].load()
+    with pytest.raises(SampleChanged, match="sample 17"):
+        tickets[2].load()
+    with pytest.raises(SampleChanged, match="sample 17"):
+        list(feed.blocks([0], 0))
+    with pytest.raises(SampleChanged, match="sample 17"):
+        list(feed.epoch(1, load="all"))
+
+
+def test_a_witness_looks_at_other_samples_each_epoch():
+    data = Numbered(1000)
+    feed = Feed(_loader(data, "as they come"))
+    assert feed.witness(0) == 0, "nothing known, nothing to compare"
+    list(feed.blocks([0, 32], 0))
+    seen: list[int] = []
+    original = Numbered.__getitem__
+
+    class Watching(Numbered):
+        pass
+
+    def watching(self, index):
+        seen.append(index)
+        return original(self, index)
+
+    data.__class__ = Watching
+    Watching.__getitem__ = watching
+    before = generator_states()
+    compared = sum(feed.witness(epoch, most=3) for epoch in range(20))
+    assert generator_states() == before
+    assert compared == len(seen)
+    assert 40 < compared <= 60
+    assert max(seen) < 64
+    assert len(set(seen)) > 20
+
+
+def test_digests_travel_to_another_process():
+    data = TensorDataset(torch.arange(70.0))
+    first = Feed(_loader(data, "as they come"))
+    assert not first.digests(range(70), 0).any()
+    list(first.blocks([0], 0))
+    stored = first.digests(range(70), 0)
+    assert stored[:32].all()
+    assert not stored[32:].any()
+    data.tensors[0][5] = 99
+    second = Feed(_loader(data, "as they come"))
+    second.recall(range(70), 0, stored)
+    with pytest.raises(SampleChanged, match="sample 5"):
+        list(second.blocks([0], 0))
+    third = Feed(_loader(data, "as they come"))
+    list(third.blocks([0], 0))
+    with pytest.raises(SampleChanged, match="sample 5"):
+        third.recall(range(70), 0, stored)
+
+
+def test_views_are_witnessed_apart():
+    feed = Feed(_loader(Noisy(), "shuffled"), views=Views(2))
+    for epoch in range(3):
+        for ticket in feed.epoch(epoch):
+            ticket.load()
+    assert (feed.digests(range(70), 0) != feed.digests(range(70), 1)).all()
+    assert feed.witness(0) >= 1
+
+
+def test_samples_that_cannot_be_read_are_not_witnessed():
+    class Opaque(Numbered):
+        def __getitem__(self, index):
+            return (i for i in range(index))
+
+    loader = DataLoader(Opaque(), batch_size=4, collate_fn=len)
+    feed = Feed(loader)
+    assert [ticket.load() for ticket in feed.epoch(0)][-1] == 2
+    assert not feed.digests(range(70), 0).any()
+    assert feed.witness(0) == 0
+
+
+# -- other data sets -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_subsets_and_chains_number_their_own_samples(workers):
+    parts = [Subset(Numbered(70), range(10, 20)), Subset(Numbered(70), range(40, 65))]
+    data = ConcatDataset(parts)
+    feed = Feed(DataLoader(data, batch_size=4, shuffle=True, num_workers=workers))
+    assert feed.samples == 35
+    for ticket in feed.epoch(0, load="all"):
+        expected = [i + 10 if i < 10 else i + 30 for i in ticket.indices.tolist()]
+        assert ticket.load()[1].tolist() == expected
+    ((_, (_, numbers)),) = feed.blocks([0], 0)
+    assert numbers.tolist() == [*range(10, 20), *range(40, 62)]
+
+
+def test_data_sets_that_fetch_many_at_once_are_asked_so():
+    class Many(Numbered):
+        def __getitems__(self, indices):
+            self.asked = [*getattr(self, "asked", []), list(indices)]
+            return [Numbered.__getitem__(self, i) for i in indices]
+
+        def __getitem__(self, index):
+            raise AssertionError("one by one")
+
+    feed = Feed(_loader(Many(), "as they come"))
+    feed.loader.dataset.asked = []
+    next(feed.epoch(0)).load()
+    assert feed.loader.dataset.asked == [list(range(8))]
+    seeded = Feed(_loader(Many(), "as they come"), views=Views(2))
+    next(seeded.epoch(0)).load()
+    assert seeded.loader.dataset.asked[-8:] == [[i] for i in range(8)]
+
+
+def test_hugging_face_data_sets():
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"x": list(range(70)), "y": [str(i) for i in range(70)]})
+    plain = DataLoader(data, batch_size=8, shuffle=True)
+    torch.manual_seed(3)
+    expected = list(plain)
+    for load in ("lazy", "all"):
+        feed = Feed(DataLoader(data, batch_size=8, shuffle=True))
+        torch.manual_seed(3)
+        got = [(ticket.indices.tolist(), ticket.load()) for ticket in feed.epoch(0, load=load)]
+        assert [g[0] for g in got] == [g[1]["x"].tolist() for g in got]
+        assert [g[1]["y"] for g in got] == [e["y"] for e in expected]
+    assert feed.identity["data"]
+
+    def jitter(rows):
+        return {"x": [x + random.random() for x in rows["x"]]}
+
+    noisy = data.with_transform(jitter)
+    with pytest.raises(FrontierError, match="random transforms"):
+        Feed(DataLoader(noisy, batch_size=8))
+    feed = Feed(DataLoader(noisy, batch_size=8, shuffle=True), views=Views(2))
+    seen = {}
+    for epoch in range(4):
+        for ticket in feed.epoch(epoch, load="all"):
+            for i, v, x in zip(ticket.indices, ticket.view, ticket.load()["x"], strict=True):
+                assert seen.setdefault((int(i), int(v)), x.item()) == x.item()
+
+
+def test_what_workers_prepare_is_there():
+    class Lazy(Numbered):
+        file = None
+
+        def __getitem__(self, index):
+            return torch.tensor(self.file[index])
+
+    def prepare(worker: int) -> None:
+        info = get_worker_info()
+        assert info is not None
+        info.dataset.file = list(range(len(info.dataset)))
+
+    for views in (Views(1), Views(2)):
+        loader = DataLoader(
+            Lazy(), batch_size=8, shuffle=True, num_workers=2, worker_init_fn=prepare
+        )
+        feed = Feed(loader, views=views)
+        for load in ("lazy", "all"):
+            for ticket in feed.epoch(0, load=load):
+                assert ticket.load().tolist() == ticket.indices.tolist()
+        ((_, block),) = feed.blocks([32], 0)
+        assert block.tolist() == list(range(32, 64))
+        feed.close()
+
+
+def test_errors_of_the_data_set_come_through():
+    class Broken(Numbered):
+        def __getitem__(self, index):
+            if index == 11:
+                raise KeyError("the eleventh")
+            return super().__getitem__(index)
+
+    feed = Feed(_loader(Broken(), "as they come"))
+    tickets = list(feed.epoch(0))
+    tickets[0].load()
+    with pytest.raises(KeyError, match="eleventh"):
+        tickets[1].load()
+    with pytest.raises(KeyError, match="eleventh"):
+        list(feed.blocks([0], 0))
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_what_is_no_loader_is_refused():
+    class Own(DataLoader):
+        def __iter__(self):
+            return super().__iter__()
+
+    cases = [
+        ([1, 2], "a list"),
+        (Own(Numbered()), "way of its own"),
+        (DataLoader(Numbered(), batch_size=None), "batch_size=None"),
+    ]
+    for loader, said in cases:
+        with pytest.raises(FrontierError, match=said):
+            Feed(loader)
+
+
+def test_keys_that_are_no_indices_are_refused():
+    class Words(Numbered):
+        def __getitem__(self, key):
+            return len(str(key))
+
+    feed = Feed(DataLoader(Words(), batch_sampler=[["a", "b"]]))
+    with pytest.raises(FrontierError, match="no whole numbers"):
+        next(feed.epoch(0))
+    feed = Feed(DataLoader(Words(), batch_sampler=[[3, 70]]))
+    with pytest.raises(FrontierError, match="0 to 69"):
+        next(feed.epoch(0))
+
+
+def test_a_map_without_length_is_refused():
+    class Endless(Dataset):
+        def __getitem__(self, index):
+            return index
+
+    with pytest.raises(FrontierError, match="without len"):
+        Feed(DataLoader(Endless(), sampler=[1, 2]))
+
+
+def test_length_and_description_are_the_loaders():
+    feed = Feed(_loader(Noisy(), "shuffled"), views=Views(4))
+    assert len(feed) == len(feed.loader) == 9
+    assert feed.describe() == Views(4).describe()
+
+
+# -- streams ---------------------------------------------------------------------------------------
+
+
+class Flow(IterableDataset):
+    """Numbers in a row, shared out among workers."""
+
+    def __init__(self, samples: int = 70, shuffled: bool = False, shared: bool = True) -> None:
+        self.samples = samples
+        self.shuffled = shuffled
+        self.shared = shared
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        info = get_worker_info()
+        start, step = (info.id, info.num_workers) if info and self.shared else (0, 1)
+        order = list(range(start, self.samples, step))
+        if self.shuffled:
+            random.shuffle(order)
+        for i in order:
+            yield torch.full((3,), float(i)), i
+
+
+class SizedFlow(Flow):
+    promised = 70
+
+    def __len__(self) -> int:
+        return self.promised
+
+
+def _flow_loader(kind: type[Flow], size: int, drop: bool, **more: Any) -> DataLoader:
+    return DataLoader(kind(), batch_size=size, drop_last=drop, **more)
+
+
+@pytest.mark.parametrize("kind", [Flow, SizedFlow])
+@pytest.mark.parametrize("size", [1, 8, 70, 100])
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("load", ["none", "lazy", "all", "mixed"])
+def test_streams_give_the_loaders_batches(kind, size, drop, load):
+    plain = _plain_epochs(_flow_loader(kind, size, drop), 2)
+    feed = Feed(_flow_loader(kind, size, drop), stable_order=True)
+    _same(plain, _feed_epochs(feed, 2, load))
+
+
+@pytest.mark.parametrize("more", [{"num_workers": 2}, {"num_workers": 3, "shared": False},
+                                  {"num_workers": 2, "persistent_workers": True}])  # fmt: skip
+@pytest.mark.parametrize("load", ["lazy", "all", "mixed"])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_streams_with_workers_are_numbered_as_delivered(more, load):
+    more = dict(more)
+    data = Flow(shared=more.pop("shared", True))
+    plain = _plain_epochs(DataLoader(data, batch_size=8, **more), 2)
+    feed = Feed(DataLoader(data, batch_size=8, **more), stable_order=True)
+    assert feed.samples == (70 if data.shared else 210)
+    _same(plain, _feed_epochs(feed, 2, load))
+    delivered = torch.cat([b[0][1] for b in plain[: len(plain) // 2 - 1]]).tolist()
+    shake_generators(4)
+    before = generator_states()
+    for first, (_, numbers) in feed.blocks([32, 64, 0, 32], 0):
+        assert numbers.tolist() == delivered[first : min(first + BLOCK, feed.samples)]
+    assert generator_states() == before
+    for ticket in feed.epoch(1):
+        assert ticket.load()[1].tolist() == [delivered[i] for i in ticket.indices]
+    feed.close()
+
+
+def test_nothing_is_read_from_a_stream_when_nobody_asks():
+    reads = []
+
+    class Reading(SizedFlow):
+        def __iter__(self):
+            reads.append(1)
+            return super().__iter__()
+
+    feed = Feed(DataLoader(Reading(), batch_size=8), stable_order=True)
+    indices = np.concatenate([ticket.indices for ticket in feed.epoch(0)])
+    assert indices.tolist() == list(range(70))
+    assert not reads
+    list(feed.blocks([0, 32, 64], 0))
+    assert len(reads) == 1, "rising blocks are read in one go"
+
+
+def test_a_stream_must_be_promised_to_be_stable():
+    with pytest.raises(FrontierError, match="stable_order=True"):
+        Feed(DataLoader(Flow(), batch_size=8))
+    with pytest.raises(FrontierError, match="random access"):
+        Feed(DataLoader(Flow(), batch_size=8), views=Views(2), stable_order=True)
+
+
+@pytest.mark.parametrize("kind", [Flow, SizedFlow])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("load", ["lazy", "all", "blocks", "witness"])
+def test_a_stream_in_another_order_is_noticed(kind, workers, load):
+    loader = DataLoader(kind(shuffled=True), batch_size=8, num_workers=workers)
+    feed = Feed(loader, stable_order=True)
+
+    def read(epoch: int) -> None:
+        if load == "blocks":
+            list(feed.blocks([0], 0))
+        elif load == "witness":
+            feed.witness(epoch)
+        else:
+            for ticket in feed.epoch(epoch, load=load):
+                ticket.load()
+
+    if kind is SizedFlow:  # else counting the samples was a first look
+        list(feed.blocks([0], 0))
+    with pytest.raises(SampleChanged, match="position"):
+        read(0)
+
+
+def test_the_witness_of_a_stable_stream_is_content():
+    feed = Feed(DataLoader(Flow(), batch_size=8), stable_order=True)
+    list(feed.blocks([0, 32], 0))
+    assert feed.witness(0) == feed.witness(1) == 2
+
+
+def test_a_stream_that_is_shorter_or_longer_than_promised():
+    class Lying(SizedFlow):
+        promised = 100
+
+    feed = Feed(DataLoader(Lying(), batch_size=8), stable_order=True)
+    with pytest.raises(FrontierError, match="its end after 70 samples, where 100"):
+        list(feed.blocks([0, 32, 64], 0))
+    feed = Feed(DataLoader(Flow(), batch_size=8), stable_order=True, samples=20)
+    with pytest.raises(FrontierError, match="more than the 20"):
+        list(feed.epoch(0, load="all"))
+
+
+def test_a_stream_that_can_be_read_once_is_noticed():
+    class Once(SizedFlow):
+        def __init__(self):
+            super().__init__()
+            self.rest = iter(range(70))
+
+        def __iter__(self):
+            return self.rest
+
+    feed = Feed(DataLoader(Once(), batch_size=8), stable_order=True)
+    list(feed.epoch(0, load="all"))
+    with pytest.raises(FrontierError, match="its end after 0 samples"):
+        next(feed.epoch(1)).load()
+
+
+def test_hugging_face_streams():
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"x": list(range(70))}).to_iterable_dataset()
+    feed = Feed(DataLoader(data.with_format("torch"), batch_size=8), stable_order=True)
+    for epoch in range(2):
+        for ticket in feed.epoch(epoch):
+            assert ticket.load()["x"].tolist() == ticket.indices.tolist()
+    shuffled = data.shuffle(seed=1, buffer_size=30).with_format("torch")
+    feed = Feed(DataLoader(shuffled, batch_size=8), stable_order=True)
+    list(feed.epoch(0, load="all"))
+    shuffled.set_epoch(1)
+    with pytest.raises(SampleChanged):
+        list(feed.epoch(1, load="all"))
+
+
+# -- identity --------------------------------------------------------------------------------------
+
+
+def _identity(data: Any, **more: Any) -> Any:
+    identity = Feed(DataLoader(data, batch_size=8), **more).identity
+    assert json.loads(json.dumps(identity)) == identity
+    return identity
+
+
+def test_equal_data_have_equal_identities():
+    one = _identity(TensorDataset(torch.arange(70.0)))
+    assert one == _identity(TensorDataset(torch.arange(70.0)))
+    changed = torch.arange(70.0)
+    changed[33] += 1
+    assert one["data"]
+    assert one != _identity(TensorDataset(changed))
+    assert one != _identity(TensorDataset(torch.arange(71.0)))
+    assert not one["unknown"]
+
+
+def test_the_collate_function_is_part_of_it():
+    data = TensorDataset(torch.arange(70.0))
+    one = Feed(DataLoader(data, collate_fn=len)).identity
+    other = Feed(DataLoader(data, collate_fn=lambda s: len(s) + 1)).identity
+    assert one["collate"] != other["collate"]
+    assert one["data"] == other["data"]
+
+
+def test_views_are_part_of_it_but_not_their_number():
+    data = Noisy()
+    assert _identity(data, views=Views(2)) == _identity(data, views=Views(3))
+    assert _identity(data, views=Views(2)) != _identity(data, views=Views(2, seed=1))
+
+
+def test_what_cannot_be_known_is_said():
+    data = Numbered()
+    data.lock = threading.Lock()
+    identity = _identity(data)
+    assert identity["data"] is None
+    assert "_thread.lock" in identity["unknown"][0]
+    given_ = _identity(data, identity="mine, version 3")
+    assert given_["given"] == "mine, version 3"
+    assert given_["data"] == given_["collate"] == "given"
+
+
+def test_how_a_stream_is_cut_is_part_of_it():
+    one = Feed(DataLoader(Flow(), batch_size=8), stable_order=True).identity
+    other = Feed(DataLoader(Flow(), batch_size=9), stable_order=True).identity
+    assert one["kind"] == "stream"
+    assert one["cut"] != other["cut"]
+
+
+def test_identity_does_not_depend_on_what_was_loaded_before():
+    data = Numbered()
+    before = _identity(data)
+    feed = Feed(DataLoader(Numbered(), batch_size=8))
+    list(feed.epoch(0, load="all"))
+    assert feed.identity == before

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from frostline.backends.torch.random_state import mix
 from frostline.errors import FrontierError
-from frostline.frontier.identity import UNKNOWN, fingerprint
+from frostline.frontier.identity import UNKNOWN, Fingerprint, fingerprint
 from frostline.frontier.loading import (
     DrawnOrder,
     Findings,
@@ -125,6 +125,8 @@ class Feed:
         self.loader = loader
         self.views = views
         self._given = identity
+        # Before anything is loaded: a data set may count or keep what it loads.
+        self._known = {} if identity is not None else _fingerprints(loader)
         self._order = DrawnOrder(loader)
         self._seen: dict[int, Digests] = {}
         self._blocks_asked = 0
@@ -135,6 +137,8 @@ class Feed:
             self._stream = Stream(loader, samples)
             self.samples = self._stream.samples
             self._stream.on_read = self._witness
+            if (counted := self._stream.counted) is not None:
+                self.recall(range(self.samples), 0, counted)
         else:
             self.samples = _length(loader.dataset)
             self._require_function(self._probe())
@@ -208,26 +212,19 @@ class Feed:
         samples first looked at), "unknown" (why something is None, for people).
         """
         loader = self.loader
-        data = collate = None
-        unknown = ""
-        if self._given is None:
-            found = fingerprint(loader.dataset)
-            function = fingerprint((loader.collate_fn, loader.worker_init_fn))
-            data, collate = found.digest, function.digest
-            unknown = found.unknown or function.unknown
         kind = type(loader.dataset)
         stream = self._stream is not None
         return {
             "kind": "stream" if stream else "map",
             "samples": self.samples,
             "class": f"{kind.__module__}.{kind.__qualname__}",
-            "data": data if self._given is None else "given",
-            "collate": collate if self._given is None else "given",
+            "data": self._known["data"].digest if self._known else "given",
+            "collate": self._known["collate"].digest if self._known else "given",
             "given": self._given,
             "views": self.views.identity,
             "cut": [loader.batch_size, loader.drop_last, loader.num_workers] if stream else [],
             "content": self._content,
-            "unknown": unknown,
+            "unknown": [f"{name}: {f.unknown}" for name, f in self._known.items() if f.unknown],
         }
 
     def describe(self) -> str:
@@ -483,6 +480,13 @@ class Feed:
 
     def _stream_ticket(self, first: int, count: int, load: Callable[[], Any]) -> Ticket:
         return Ticket(np.arange(first, first + count), np.zeros(count, np.int64), load)
+
+
+def _fingerprints(loader: DataLoader[Any]) -> dict[str, Fingerprint]:
+    return {
+        "data": fingerprint(loader.dataset),
+        "collate": fingerprint((loader.collate_fn, loader.worker_init_fn)),
+    }
 
 
 def _given(batch: Any) -> Callable[[], Any]:

@@ -18,6 +18,7 @@ import itertools
 import os
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def fingerprint(value: Value) -> Fingerprint:
         _Walk(hasher, files=True).value(value)
     except _Unreadable as error:
         return Fingerprint(None, str(error))
+    except Exception as error:  # noqa: BLE001  code of others answers, and may fail as it likes
+        return Fingerprint(None, f"something that fails when it is read ({error!r})")
     return Fingerprint(hasher.hexdigest())
 
 
@@ -93,7 +96,7 @@ def content_digest(sample: Value) -> int:
     hasher = xxhash.xxh3_64()
     try:
         _Walk(hasher, files=False).value(sample)
-    except _Unreadable:
+    except Exception:  # noqa: BLE001  code of others answers, and may fail as it likes
         return UNKNOWN
     return hasher.intdigest() or 1
 
@@ -117,6 +120,12 @@ class _Walk:
         if isinstance(value, Tensor):
             self.tensor(value)
             return
+        if isinstance(value, type):
+            self.kind(value)
+            return
+        if isinstance(value, np.generic):
+            self.array(np.asarray(value))
+            return
         if (number := self._met.get(id(value))) is not None:
             self.text(f"met {number}")
             return
@@ -129,6 +138,9 @@ class _Walk:
         self._depth -= 1
 
     def _compound(self, value: Value) -> None:
+        if type(value) in (dict, OrderedDict):  # others may hold more than their items
+            self.mapping(value)
+            return
         for kinds, describe in _KINDS:
             if isinstance(value, kinds):
                 describe(self, value)
@@ -162,9 +174,6 @@ class _Walk:
             return
         self._hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
-    def scalar(self, value: np.generic) -> None:
-        self.array(np.asarray(value))
-
     def tensor(self, tensor: Tensor) -> None:
         if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
             raise _Unreadable(f"a tensor of layout {tensor.layout} on {tensor.device}")
@@ -182,6 +191,7 @@ class _Walk:
     def sequence(self, value: list[Value] | tuple[Value, ...]) -> None:
         if type(value) not in (list, tuple):
             self.kind(type(value))
+            self.value(getattr(value, "__dict__", None))
         self.text(f"{type(value).__name__} {len(value)}")
         self._items(value)
 
@@ -329,7 +339,7 @@ class _Walk:
         self._version(module.__name__)
 
     def kind(self, kind: type) -> None:
-        if id(kind) in self._met and kind is not type(None):
+        if id(kind) in self._met:
             self.text(f"met {self._met[id(kind)]}")
             return
         self._met[id(kind)] = len(self._met)
@@ -397,7 +407,7 @@ class _Walk:
 
 def _outside_files(column: Any) -> list[str]:
     """Paths in a column of pictures or sounds whose bytes are not in the table."""
-    names = {field.name for field in column.type} if hasattr(column.type, "num_fields") else set()
+    names = {column.type.field(i).name for i in range(column.type.num_fields)}
     if not {"path", "bytes"} <= names:
         return []
     rows = column.to_pylist()
@@ -441,12 +451,10 @@ _CLASS_NOISE = frozenset(
 )  # fmt: skip
 _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (np.ndarray, _Walk.array),
-    (np.generic, _Walk.scalar),
     (enum.Enum, _Walk.member),
     ((list, tuple), _Walk.sequence),
     ((bytearray, memoryview), lambda walk, value: walk.data("bytes", bytes(value))),
     (AbstractSet, _Walk.members),
-    (type, _Walk.kind),
     (types.FunctionType, _Walk.function),
     (types.MethodType, _Walk.method),
     (types.BuiltinFunctionType, _Walk.builtin),
@@ -461,6 +469,5 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (property, _Walk.accessors),
     (PurePath, _Walk.path),
     ((torch.Generator, np.random.Generator), _Walk.random),
-    (dict, _Walk.mapping),
     (types.MappingProxyType, _Walk.mapping),
 )  # fmt: skip

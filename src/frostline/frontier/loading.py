@@ -195,6 +195,9 @@ class _Around:
     def __init__(self, data: Any) -> None:
         vars(self)["data"] = data
 
+    def __len__(self) -> int:
+        return len(vars(self)["data"])
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)

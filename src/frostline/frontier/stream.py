@@ -6,18 +6,20 @@ position is the place in what comes out, so it depends on batch size and number 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from frostline.backends.torch.random_state import undisturbed
+from frostline.backends.torch.random_state import mix, seeded, undisturbed
 from frostline.errors import FrontierError
-from frostline.frontier.loading import Twin, Witnessed, quiet
+from frostline.frontier.loading import Twin, Witnessed
 
 __all__ = ["Stream"]
 
@@ -36,6 +38,7 @@ class Stream:
     Attributes:
         samples: in an epoch.
         sizes: of the batches of an epoch; None while unknown.
+        counted: content digests of the samples, where they were counted.
         on_read: told positions, views and content digests of whatever is read.
     """
 
@@ -47,6 +50,8 @@ class Stream:
         )
         self.on_read: Seen = _ignore
         self.sizes: list[int] | None = None
+        self.counted: NDArray[np.uint64] | None = None
+        self._readings = 0
         self._reader: Iterator[Any] | None = None
         self._waiting: deque[Any] = deque()
         self._position = 0
@@ -74,7 +79,7 @@ class Stream:
             FrontierError: the stream ended before.
         """
         if self._reader is None or first < self._position:
-            self._reader = quiet(self._raw.load())
+            self._reader = self._reading(self._raw)
             self._waiting.clear()
             self._position = 0
         while self._position + len(self._waiting) < first + count:
@@ -118,12 +123,25 @@ class Stream:
         self.on_read(positions, np.zeros_like(positions), numbers)
         return len(numbers)
 
+    def _reading(self, twin: Twin) -> Iterator[Any]:
+        """All that a loader gives, under other seeds each time: a shuffled stream shows itself."""
+        self._readings += 1
+        state = torch.Generator().manual_seed(mix(self._readings)).get_state()
+        items = twin.load(seed_state=state)
+        for number in itertools.count():
+            with seeded(mix(self._readings, number)):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
     def _counted(self) -> int:
-        counting = Twin(
-            self._loader, self._loader.dataset, _Counted(), batched=False, persistent=False
-        )
-        self.sizes = list(quiet(counting.load()))
-        return sum(self.sizes)
+        collate = Witnessed(_nothing)
+        twin = Twin(self._loader, self._loader.dataset, collate, batched=False, persistent=False)
+        found = [np.frombuffer(digests, np.uint64) for digests, _ in self._reading(twin)]
+        self.counted = np.concatenate([np.zeros(0, np.uint64), *found])
+        self.sizes = [len(digests) for digests in found]
+        return len(self.counted)
 
     def _cut(self, samples: int) -> list[int]:
         size = self._loader.batch_size or 1
@@ -131,11 +149,8 @@ class Stream:
         return [size] * (samples // size) + rest
 
 
-class _Counted:
-    """A collate function that keeps the number of samples only."""
-
-    def __call__(self, samples: list[Any]) -> int:
-        return len(samples)
+def _nothing(samples: Any) -> None:
+    """Collated to nothing: samples that are only counted need not leave the workers."""
 
 
 def _as_it_is(samples: Any) -> Any:
