@@ -44,6 +44,8 @@ _flag = attrgetter("requires_grad")
 
 #: Samples computed together: a stored row is then a pure function of its key.
 BLOCK = 32
+#: Samples of a batch that are compared with the full forward pass.
+CHECKED_SAMPLES = 4
 #: Batches compared with the full forward pass when a region is first used.
 CHECKED_FIRST = 2
 #: Afterwards one batch in so many, at random.
@@ -290,8 +292,6 @@ class FrontierCache:
 
     Attributes:
         report: what it did.
-        verdicts: by digest of a store's key, whether caching was found worth while. Measured, so a
-            run that is gone on with takes over what the first session found.
 
     Example:
         Used by `frostline.fit`; in a loop of your own, see `frostline.frontier.loader`.
@@ -310,7 +310,7 @@ class FrontierCache:
     ) -> None:
         self._strict = strict
         self._trained: frozenset[str] = frozenset()
-        self.verdicts: dict[str, bool] = {}
+        self._intact = True
         self._root = unwrapped(model)
         self._library = Library() if library is None else library
         self._encoding: Encoding = encoding
@@ -365,13 +365,16 @@ class FrontierCache:
             if gate is not None:
                 vars(self._root)["forward"] = gate
 
-    def start_epoch(self, trained: Collection[str] = ()) -> None:
+    def start_epoch(self, trained: Collection[str] = (), *, intact: bool = True) -> None:
         """From now on the region may only hold what was frozen when the epoch began.
 
         Args:
             trained: names of the parameters that trained in the first update of this epoch.
+            intact: whether all that was frozen then has been frozen ever since. If not, training
+                takes the full forward pass until the next epoch.
         """
-        self._trained = frozenset(trained)
+        self._trained, self._intact = frozenset(trained), intact
+        self._active.clear()
 
     def arguments(self, batch: Batch) -> Example:
         """What to call the model with for this batch: stand-ins, where nothing must be loaded."""
@@ -419,42 +422,54 @@ class FrontierCache:
         values: Mapping[str, Tensor],
         forward: Callable[..., Any],
     ) -> Any:
-        if not self._due(use):
-            return use.region.run(shown, values, forward=forward)
-        start = time.perf_counter()
-        full = self._reference(batch, forward)
-        self.report.checked += 1
-        self.report.check_s += time.perf_counter() - start
-        with use.region.undoing() as undo:
-            output = use.region.run(shown, values, forward=forward)
-            if (wrong := _difference(full, output)) is not None:
-                undo()
-                culprit = self._culprit(use, batch, values)
-                raise FrontierError(
-                    "replay the frozen region",
-                    found=f"{wrong}; {culprit}",
-                    fix="nothing to do: training goes on with the full forward pass",
-                )
-        return output
+        if self._due(use):
+            start = time.perf_counter()
+            self._check(use, batch, values, forward)
+            self.report.checked += 1
+            self.report.check_s += time.perf_counter() - start
+        return use.region.run(shown, values, forward=forward)
 
     def _due(self, use: _Use) -> bool:
         if use.served < CHECKED_FIRST:
             return True
         text = f"{self._seed}/{use.source.name}/{self.report.batches}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") % (
-            CHECKED_EVERY
-        ) == 0  # fmt: skip
+        draw = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
+        return draw % CHECKED_EVERY == 0
 
-    def _reference(self, batch: Batch, forward: Callable[..., Any]) -> Any:
-        """What the full forward pass gives now; the model and random streams stay as they are."""
-        real = batch.real()
-        own = rows_of(real, range(batch_size(real)))
-        with leave_untouched(self._root), torch.no_grad():
-            return forward(*own.args, **own.kwargs)
+    def _check(
+        self,
+        use: _Use,
+        batch: Batch,
+        values: Mapping[str, Tensor],
+        forward: Callable[..., Any],
+    ) -> None:
+        """Compare replay and full forward pass on a few of the batch's samples.
 
-    def _culprit(self, use: _Use, batch: Batch, values: Mapping[str, Tensor]) -> str:
+        The model and the random streams are afterwards what they were.
+
+        Raises:
+            FrontierError: they differ by more than rounding.
+        """
+        few = slice(0, CHECKED_SAMPLES)
+        own = batch.source.load(batch.indices[few].tolist(), batch.views[few].tolist())
+        real = moved(own, batch.real_device)
+        with torch.no_grad():
+            with leave_untouched(self._root):
+                copied = rows_of(real, range(batch_size(real)))
+                full = forward(*copied.args, **copied.kwargs)
+            with leave_untouched(self._root):
+                stored = {name: value[few] for name, value in values.items()}
+                output = use.region.run(real, stored, forward=forward)
+        if (wrong := _difference(full, output)) is not None:
+            raise FrontierError(
+                "replay the frozen region",
+                found=f"{wrong}; {self._culprit(use, real, stored)}",
+                fix="nothing to do: training goes on with the full forward pass",
+            )
+
+    def _culprit(self, use: _Use, example: Example, values: Mapping[str, Tensor]) -> str:
         """Which stored value is wrong, in words."""
-        fresh = use.region.fill(batch.real())
+        fresh = use.region.fill(example)
         for slot in use.columns:
             if slot.name in values:
                 have = values[slot.name]
@@ -501,6 +516,8 @@ class FrontierCache:
 
     def _use_for(self, batch: Batch) -> _Use | None:
         if all(map(_flag, self._parameters)):  # nothing is frozen, or not in this step
+            return None
+        if self._strict and self._root.training and not self._intact:
             return None
         state = self._state(self._root.training)
         known, use = self._active.get(batch.source.name, (None, None))
@@ -573,6 +590,12 @@ class FrontierCache:
         except FrontierError as error:
             self.report.note(f"not cached: {error.found}")
             return error.found
+        if not region.empty and region.gain < self._min_gain:
+            self.report.note(
+                f"not cached: it would save {max(0.0, region.gain):.0%} of a step, counted in "
+                f"arithmetic, for {region.bytes:,} bytes per sample"
+            )
+            return "too little to gain"
         if region.empty:
             why = "; ".join(f"{e.module} {e.why}" for e in region.ends[:3])
             self.report.note(f"not cached: nothing is frozen{': ' + why if why else ''}")

@@ -161,6 +161,17 @@ class Recorder:
         self._hooked = {n: foreign_hooks(m) for n, m in self._modules.items()}
         self._spoiled: dict[int, str] = {}
 
+    @property
+    def frozen_share(self) -> float:
+        """Share of the forward pass's work that is frozen, in [0, 1]; 0 where none was counted."""
+        total = self._taint.work_frozen + self._taint.work_live
+        return self._taint.work_frozen / total if total else 0.0
+
+    @property
+    def frozen_work(self) -> int:
+        """Floating-point operations that are frozen."""
+        return self._taint.work_frozen
+
     def input(self, tensor: Tensor) -> Tensor:
         """A stand-in for one tensor of the batch; live ones stay as they are."""
         number = len(self.specs)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from frostline.backends.torch.tracing import tensors_in
 
@@ -47,6 +48,8 @@ class Taint(TorchDispatchMode):
         why: first reason for which something became live, by kind, in words.
         written: names of parameters and buffers that were written to.
         dynamic: whether the shape of some result depended on values; reset by callers.
+        work_live: floating-point operations of matrix products and the like that were live.
+        work_frozen: the same for those that were not.
         looked: whether code has looked at a live value, so that what it does next may depend on it.
     """
 
@@ -63,6 +66,8 @@ class Taint(TorchDispatchMode):
         self.why: str | None = None
         self.looked = False
         self.dynamic = False
+        self.work_live = 0
+        self.work_frozen = 0
         self.streams = Streams()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._names.setdefault(_memory(tensor), (name, tensor))
@@ -96,9 +101,12 @@ class Taint(TorchDispatchMode):
         for tensor in written:
             self._note_write(tensor)
         result, drew = _watched(func, args, kwargs)
+        work = _work(func, args, kwargs, result)
         if drew and not live:
             self.why = f"draws random numbers ({func.name().removeprefix('aten::')})"
             live = True
+        self.work_live += work * live
+        self.work_frozen += work * (not live)
         self._held.append(result)
         for tensor in (*tensors_in(result), *written):
             self._known.add(_memory(tensor))
@@ -191,6 +199,12 @@ def _watched(func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
     result = func(*args, **kwargs)
     drew = any(not torch.equal(a, b) for a, b in zip(before, _torch_states(), strict=True))
     return result, drew or kwargs.get("generator") is not None
+
+
+def _work(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Floating-point operations, for the operators that PyTorch can count."""
+    count = flop_registry.get(func.overloadpacket)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 
 
 def _torch_states() -> list[Tensor]:
