@@ -30,7 +30,7 @@ def prefix(share: float, **options: Any) -> Freeze:
     def plan(groups: LayerGroups) -> FreezePlan:
         names = [g.name for g in groups if g.name not in groups.head]
         frozen = frozenset(names[: max(1, round(share * len(names)))])
-        live = {key: frozen for key, on in options.items() if on}
+        live: dict[str, Any] = {key: frozen for key, on in options.items() if on}
         return FreezePlan(frozen=frozen, **live)
 
     return plan
@@ -85,6 +85,7 @@ class Case:
         optimizer: "sgd" or "adamw".
         tolerance: largest relative error that is no difference.
         sample_dim: the dimension of the inputs that holds the samples.
+        nothing_at: depths at which nothing can be left out.
         by_hand: freeze by `requires_grad` and `eval()` alone, as the backend cannot.
     """
 
@@ -99,7 +100,14 @@ class Case:
     optimizer: str = "sgd"
     tolerance: float = 1e-5
     sample_dim: int = 0
+    nothing_at: frozenset[str] = frozenset()
     by_hand: bool = False
+
+    def right(self, depth: str) -> frozenset[str]:
+        """The outcomes that are right."""
+        if self.hostile:
+            return frozenset({"equal", "close", "refused", "diverged"})
+        return frozenset({"equal", "close", *(["refused"] if depth in self.nothing_at else [])})
 
     def take(self, data: Example, indices: list[int]) -> Example:
         """Private copies of these samples."""

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frontier.zoo_cases import Made, case, floats, generator, prefixes, sets, tokens
+from frontier.zoo_cases import Made, case, generator, prefixes, sets, tokens
 from frontier.zoo_small import CLASSES, WIDTH, Block, Tower, tower, vectors
 from frostline.backends.torch.example import Example
 
 
-def hostile(name: str, **options: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def hostile(name: str, **options: Any) -> Callable[[type[Any]], type[Any]]:
     """Put a tower with the decorated block in its middle, or the decorated tower, into the zoo."""
 
-    def add(kind: type[nn.Module]) -> type[nn.Module]:
+    def add(kind: type[Any]) -> type[Any]:
         def make() -> Made:
             return (kind(), vectors) if issubclass(kind, Tower) else tower(kind)
 
@@ -259,9 +259,13 @@ class Swapping(Tower):
     def forward(self, x: Tensor) -> Any:
         if not self.swapped and self.training:
             fresh = _Fresh()
-            fresh.linear = self.middle.linear  # type: ignore[assignment]
+            fresh.linear = self.middle.linear
             self.middle, self.swapped = fresh, True
         return super().forward(x)
+
+
+def _halve(module: nn.Module, args: Any, out: Any) -> Any:
+    return out * 0.5
 
 
 @hostile("hook installed at the first forward")
@@ -273,7 +277,7 @@ class Hooking(Tower):
     def forward(self, x: Tensor) -> Any:
         if not self.hooked:
             self.hooked = True
-            self.middle.register_forward_hook(lambda _m, _i, out: out * 0.5)
+            self.middle.register_forward_hook(_halve)
         return super().forward(x)
 
 
@@ -422,11 +426,23 @@ class FirstSample(Block):
         return h + h[:1]
 
 
-@hostile("samples mix only where one is large", needs="verification")
-class SeldomMixing(Block):
-    def change(self, h: Tensor) -> Tensor:
-        large = (self.norm(h).abs().amax() > 2.9).float()
-        return h + large * h.mean(0)
+class SeldomMixing(Tower):
+    """The mean of the batch is added where one sample says so; one of all samples does."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.middle(self.first(F.relu(self.stem(x))))
+        h = h + (x[:, 0] > 6).any() * h.mean(0)
+        return self.head(self.last(h))
+
+
+@case("samples mix only where one is odd", hostile=True, needs="verification")
+def seldom_mixing() -> Made:
+    def odd(n: int, seed: int) -> Example:
+        (x,) = vectors(n, seed).args
+        x[13, 0] = 7
+        return Example((x,))
+
+    return SeldomMixing(), odd
 
 
 @hostile("contrastive scores")
@@ -632,7 +648,9 @@ class WritesInput(Tower):
 # -- live values that look frozen --------------------------------------------------------------
 
 
-DEEP = sets(last="last.*", middle_and_last="(middle.* | last.*)", first_and_last="(first.* | last.*)")
+DEEP = sets(
+    last="last.*", middle_and_last="(middle.* | last.*)", first_and_last="(first.* | last.*)"
+)
 
 
 @hostile("frozen module fed by a live one", depths=DEEP)
@@ -667,7 +685,10 @@ class Argmax(Tower):
         return self.head(h + self.last(h.argmax(1)))
 
 
-@hostile("frozen experts chosen by a live gate", depths=sets(experts="experts.*", stem_too="(stem.* | experts.*)"))
+@hostile(
+    "frozen experts chosen by a live gate",
+    depths=sets(experts="experts.*", stem_too="(stem.* | experts.*)"),
+)
 class Experts(Tower):
     def __init__(self) -> None:
         super().__init__()
@@ -710,7 +731,7 @@ class ThroughNumpy(Tower):
         return self.head(self.middle(self.first(F.relu(self.stem(x)))) + h)
 
 
-@hostile("live weight read through untyped storage", depths=DEEP)
+@hostile("live weight read through a list", depths=DEEP)
 class ThroughList(Tower):
     def forward(self, x: Tensor) -> Any:
         scale = torch.tensor(self.head.bias.tolist()).sum()
@@ -742,14 +763,19 @@ class _Scripted(nn.Module):
         return x + torch.tanh(self.linear(x))
 
 
+def _foreign(module: object) -> nn.Module:
+    assert isinstance(module, nn.Module)
+    return module
+
+
 @case("scripted submodule", hostile=True, by_hand=True)
 def scripted() -> Made:
-    return tower(lambda: torch.jit.script(_Scripted()))
+    return tower(lambda: _foreign(torch.jit.script(_Scripted())))
 
 
 @case("traced submodule", hostile=True, by_hand=True)
 def traced() -> Made:
-    return tower(lambda: torch.jit.trace(_Scripted(), torch.zeros(2, WIDTH)))
+    return tower(lambda: _foreign(torch.jit.trace(_Scripted(), torch.zeros(2, WIDTH))))
 
 
 class _Square(torch.autograd.Function):
@@ -869,7 +895,7 @@ def written() -> Made:
 
 
 def _add_hook(model: nn.Module, step: int) -> None:
-    model.get_submodule("first").register_forward_hook(lambda _m, _i, out: out * 1.5)
+    model.get_submodule("first").register_forward_hook(_halve)
 
 
 @case("hook put on a frozen module between steps", hostile=True, between=_add_hook,
@@ -880,7 +906,7 @@ def hooked_later() -> Made:
 
 def _unfreeze(model: nn.Module, step: int) -> None:
     if step == 1:
-        model.get_submodule("first").requires_grad_(True)
+        model.get_submodule("first").requires_grad_()
 
 
 @case("layer unfrozen by hand between steps", hostile=True, between=_unfreeze,
@@ -921,5 +947,3 @@ def _turn(model: nn.Module, step: int) -> None:
 def knobbed() -> Made:
     _KNOB["scale"] = 1.0
     return tower(_Knobbed)
-
-

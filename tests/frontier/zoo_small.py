@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from frontier.zoo_cases import Made, MakeBatch, case, floats, generator, prefixes, sets
+from frontier.zoo_cases import Made, case, floats, generator, prefixes, sets
 from frostline.backends.torch.example import Example
 
 WIDTH = 16
@@ -72,7 +72,7 @@ def plain() -> Made:
 class Recurrent(nn.Module):
     """Two recurrent layers; sequences may be packed by their lengths."""
 
-    def __init__(self, kind: type[nn.RNNBase], *, packed: bool) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], *, packed: bool) -> None:
         super().__init__()
         self.packed = packed
         self.embed = nn.Embedding(32, 12)
@@ -287,7 +287,10 @@ class Beside(nn.Module):
 
 
 BESIDE = sets(
-    branch="still.*", part_of_branch="still.0.*", other_branch="moving.*", both="(still.* | moving.*)"
+    branch="still.*",
+    part_of_branch="still.0.*",
+    other_branch="moving.*",
+    both="(still.* | moving.*)",
 )
 
 
@@ -325,6 +328,7 @@ class SideAdapter(nn.Module):
 
 @case(
     "adapters beside the backbone",
+    nothing_at=frozenset({"deep"}),
     depths=sets(backbone="backbone.*", half="(backbone.0* | backbone.1*)", deep="backbone.3*"),
 )
 def side_adapter() -> Made:
@@ -502,6 +506,7 @@ class Shared(nn.Module):
 
 @case(
     "frozen module called twice, the second time on live values",
+    nothing_at=frozenset({"shared alone"}),
     depths={**prefixes(), **sets(shared_alone="shared.*", stem_and_shared="(stem.* | shared.*)")},
 )
 def shared() -> Made:
@@ -547,6 +552,7 @@ class TiedWeights(nn.Module):
 
 @case(
     "tied weights",
+    nothing_at=frozenset({"one"}),
     depths=sets(embedding="embed.*", one="one.*", both="(embed.* | one.*)", all_but_two="!two.*"),
 )
 def tied() -> Made:
@@ -647,7 +653,7 @@ class Functorch(Tower):
     def forward(self, x: Tensor) -> Any:
         h = torch.func.vmap(lambda row: torch.outer(row, row).sum(0))(F.relu(self.stem(x)))
         h = self.first(h.tanh())
-        weights = dict(self.middle.named_parameters())
+        weights: dict[str, Tensor] = dict(self.middle.named_parameters())
         return self.head(self.last(torch.func.functional_call(self.middle, weights, (h,))))
 
 
@@ -708,7 +714,9 @@ class BySize(Block):
     """Takes another way for larger batches."""
 
     def change(self, h: Tensor) -> Tensor:
-        return torch.cat([self.linear(part) for part in h.split(3)]) if len(h) > 5 else self.linear(h)
+        return (
+            torch.cat([self.linear(part) for part in h.split(3)]) if len(h) > 5 else self.linear(h)
+        )
 
 
 @case("another way for larger batches")
@@ -735,7 +743,7 @@ def hidden() -> Made:
 class HiddenFrozen(Hidden):
     def __init__(self) -> None:
         super().__init__()
-        self.hidden[0].requires_grad_(False)
+        self.hidden[0].requires_grad_(requires_grad=False)
 
 
 @case("frozen layer that is not registered", hostile=True)
@@ -798,12 +806,10 @@ def hooks_keeping() -> Made:
 def hooks_backward() -> Made:
     def add(model: Tower) -> None:
         for block in (model.middle, model.last):
-            block.register_full_backward_hook(lambda _m, given, _o: tuple(
-                g if g is None else g * 0.5 for g in given
-            ))
+            block.register_full_backward_hook(
+                lambda _m, given, _o: tuple(g if g is None else g * 0.5 for g in given)
+            )
         for p in model.parameters():
             p.register_hook(lambda g: g * 2)
 
     return _hooked(add)
-
-

@@ -1,5 +1,8 @@
 """Vision models of torchvision, timm and transformers, made tiny."""
 
+# The configurations of transformers take more than their signatures say.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from functools import partial
@@ -21,51 +24,13 @@ from transformers import (
 )
 
 from frontier.zoo_cases import Made, case, pictures, pixels, prefixes
+from frostline.backends.torch.example import Example
 
 CLASSES = 5
 
 
 @case("ResNet-18")
 def resnet18() -> Made:
-    return torchvision.models.resnet18(num_classes=CLASSES), pictures()
-
-
-@case("ResNet-18, live norms", depths=prefixes(live_norm=True), hostile=True)
-def resnet18_live() -> Made:
-    return torchvision.models.resnet18(num_classes=CLASSES), pictures()
-
-
-@case("ResNet-18, channels last")
-def resnet18_channels_last() -> Made:
-    model = torchvision.models.resnet18(num_classes=CLASSES).to(memory_format=torch.channels_last)
-    make = pictures()
-
-    def channels_last(n: int, seed: int):
-        batch = make(n, seed)
-        batch.args[0].data = batch.args[0].contiguous(memory_format=torch.channels_last)
-        return batch
-
-    return model, channels_last
-
-
-@case("ResNet-18 in bfloat16", tolerance=3e-2)
-def resnet18_bfloat16() -> Made:
-    make = pictures()
-
-    def half(n: int, seed: int):
-        batch = make(n, seed)
-        batch.args[0].data = batch.args[0].bfloat16()
-        return batch
-
-    return torchvision.models.resnet18(num_classes=CLASSES).bfloat16(), half
-
-
-@case(
-    "ResNet-18, autocast",
-    tolerance=3e-2,
-    around=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-)
-def resnet18_autocast() -> Made:
     return torchvision.models.resnet18(num_classes=CLASSES), pictures()
 
 
@@ -91,6 +56,37 @@ def vgg11() -> Made:
 @case("MobileNetV2")
 def mobilenet() -> Made:
     return torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=CLASSES), pictures()
+
+
+@case("MobileNetV2, live norms", depths=prefixes(live_norm=True), hostile=True)
+def mobilenet_live() -> Made:
+    return mobilenet()
+
+
+@case("MobileNetV2, channels last")
+def mobilenet_channels_last() -> Made:
+    model, make = mobilenet()
+
+    def channels_last(n: int, seed: int) -> Example:
+        (x,) = make(n, seed).args
+        return Example((x.contiguous(memory_format=torch.channels_last),))
+
+    return model.to(memory_format=torch.channels_last), channels_last
+
+
+@case("VGG-11-bn in bfloat16", tolerance=3e-2)
+def vgg11_bfloat16() -> Made:
+    model, make = vgg11()
+    return model.bfloat16(), lambda n, seed: Example((make(n, seed).args[0].bfloat16(),))
+
+
+@case(
+    "VGG-11-bn, autocast",
+    tolerance=3e-2,
+    around=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+)
+def vgg11_autocast() -> Made:
+    return vgg11()
 
 
 @case("ShuffleNetV2")
@@ -164,12 +160,12 @@ def regnet() -> Made:
 @case("TinyNet (EfficientNet)")
 def tinynet() -> Made:
     model = timm.create_model("tinynet_e", num_classes=CLASSES, drop_path_rate=0.2)
-    return model, pictures()
+    return model, pictures(64)
 
 
 @case("MobileNetV3")
 def mobilenet_v3() -> Made:
-    return timm.create_model("mobilenetv3_small_050", num_classes=CLASSES), pictures()
+    return timm.create_model("mobilenetv3_small_050", num_classes=CLASSES), pictures(64)
 
 
 @case("ViT of timm, layer scale", optimizer="adamw")

@@ -1,0 +1,193 @@
+"""Every model of the zoo, trained with and without its frozen region: equal, or refused?
+
+`tests/frontier/zoo.py` holds the models and `tests/frontier/harness.py` the comparison. Each model
+is frozen in several ways; each way is one line of the log `zoo.json`, from which the table
+`zoo.md` is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import bench
+from frontier import harness
+from frontier.zoo import CASES
+
+NAME = "zoo"
+PREFIXES = ("quarter", "half", "three quarters", "all but head")
+GOOD = ("equal", "close")
+WORDS = {
+    "equal": "equal",
+    "close": "close",
+    "refused": "refused",
+    "diverged": "in full",
+    "DIFFERENT": "**DIFFERENT**",
+    "crashed": "**crashed**",
+}
+
+
+def gather(words: list[str]) -> list[dict[str, Any]]:
+    """Compare every case at every depth."""
+    cells = []
+    for case in CASES.values():
+        if words and not any(word in case.name for word in words):
+            continue
+        for depth in case.depths:
+            start = time.perf_counter()
+            found = harness.compare(case, depth)
+            cell = asdict(found) | {
+                "hostile": case.hostile,
+                "right": found.kind in case.right(depth),
+                "took_s": round(time.perf_counter() - start, 2),
+            }
+            cells.append(cell)
+            print(f"{found.kind:10} {case.name} | {depth} | {found.reason[:120]}", flush=True)
+    return cells
+
+
+def verdict(cell: dict[str, Any]) -> str:
+    """What a table says of one cell: the outcome, and how much was skipped."""
+    kind = cell["kind"]
+    text = WORDS[kind]
+    if cell["needs"] and kind == "DIFFERENT":
+        return "for verification"
+    if kind in GOOD and cell["covered"] is not None:
+        text += f" {cell['covered']:.0%}"
+    if kind == "close":
+        text += f" ({cell['error']:.0e})"
+    if kind == "diverged":
+        text += f" {cell['full_steps']}/{len(harness.SIZES)}"
+    return text
+
+
+def summary(cells: list[dict[str, Any]]) -> list[str]:
+    """Counts of friendly and of hostile cells."""
+    lines = ["| models | architectures | ways to freeze | " + " | ".join(WORDS) + " |",
+             "|---" * (3 + len(WORDS)) + "|"]  # fmt: skip
+    groups = {
+        "as people write them": [c for c in cells if not c["hostile"]],
+        "hostile": [c for c in cells if c["hostile"] and not c["needs"]],
+        "changed between steps": [c for c in cells if c["needs"]],
+    }
+    for name, rows in groups.items():
+        counts = Counter(c["kind"] for c in rows)
+        models = len({c["case"] for c in rows})
+        numbers = " | ".join(str(counts[kind]) for kind in WORDS)
+        lines.append(f"| {name} | {models} | {len(rows)} | {numbers} |")
+    return lines
+
+
+def matrix(cells: list[dict[str, Any]]) -> list[str]:
+    """Architectures by depth; frozen sets with names of their own in the last column."""
+    lines = ["| architecture | " + " | ".join(PREFIXES) + " | other sets |",
+             "|---" * (len(PREFIXES) + 2) + "|"]  # fmt: skip
+    for name in dict.fromkeys(c["case"] for c in cells):
+        found = {c["depth"]: verdict(c) for c in cells if c["case"] == name}
+        prefixes = " | ".join(found.pop(depth, "") for depth in PREFIXES)
+        others = "; ".join(f"{depth}: {text}" for depth, text in found.items())
+        lines.append(f"| {name} | {prefixes} | {others} |")
+    return lines
+
+
+def reasons(cells: list[dict[str, Any]]) -> list[str]:
+    """Why what was not replayed was not, one line per model and reason."""
+    lines = ["| architecture | frozen | outcome | reason |", "|---|---|---|---|"]
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for c in cells:
+        if c["kind"] not in GOOD:
+            found.setdefault((c["case"], c["kind"], c["reason"]), []).append(c["depth"])
+    for (name, kind, why), depths in found.items():
+        text = why.replace("|", "/").removeprefix("FrontierError: ")
+        lines.append(f"| {name} | {', '.join(depths)} | {WORDS[kind]} | {text[:300]} |")
+    return lines
+
+
+def table(log: dict[str, Any]) -> str:
+    """Markdown, from the log alone."""
+    cells, m = log["cells"], log["machine"]
+    worst = max((c["error"] for c in cells if c["kind"] == "close"), default=0.0)
+    about = (
+        f"Twins with random weights are trained for {log['steps']} steps on {log['samples']} "
+        "samples in shuffled batches of unequal sizes, one by its plain forward pass, one on rows "
+        "that its frozen region stored in fixed blocks. After every step outputs, loss, every "
+        "gradient, buffers, attributes, the random states of PyTorch, NumPy and Python and the "
+        "caller's batch are compared. *equal*: all bits; *close*: the largest relative error is "
+        f"given, the largest of all is {worst:.0e} (beyond 1e-5 only where float64 shows that it "
+        "is rounding, and in bfloat16); the percentage is the share of frozen layers skipped. "
+        "*refused*: no replay, with a reason. *in full 2/4*: two of four steps left the replay "
+        "and took the full forward pass, with equal results. The columns are shares of the "
+        "backbone's layer groups that are frozen, from the input on."
+    )
+    friendly = [c for c in cells if not c["hostile"]]
+    return "\n".join(
+        [
+            "# The zoo: training on a frozen region, model by model",
+            "",
+            about,
+            "",
+            *summary(cells),
+            "",
+            "## Models as people write them",
+            "",
+            *matrix(friendly),
+            "",
+            "## Hostile models",
+            "",
+            "Each breaks something a cache takes for granted; a refusal is a right answer. *for "
+            "verification*: what training code changed between two steps, which only the "
+            "verification at run time can see.",
+            "",
+            *matrix([c for c in cells if c["hostile"]]),
+            "",
+            "## What was not replayed, and why",
+            "",
+            *reasons(cells),
+            "",
+            f"torch {m['torch']}, {m['threads']} thread(s), {m['processor']}. Made by "
+            "`python benchmarks/zoo.py` from `zoo.json`.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="in the name")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="no runs: the table from the log")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.getLogger("frostline").setLevel(logging.ERROR)
+    if options.report:
+        log = json.loads((bench.RESULTS / f"{NAME}.json").read_text())
+        bench.write(NAME, log, table(log))
+        return
+    options.clock = "wall"
+    log = {
+        "machine": bench.machine(options),
+        "steps": len(harness.SIZES),
+        "samples": harness.SAMPLES,
+        "cells": gather(options.only),
+    }
+    if options.only:
+        print(table(log))
+    else:
+        bench.write(NAME, log, table(log))
+    wrong = [c for c in log["cells"] if not c["right"] and not c["needs"]]
+    print(f"{len(wrong)} of {len(log['cells'])} are not right")
+
+
+if __name__ == "__main__":
+    main()
