@@ -5,6 +5,7 @@ is frozen in several ways; each way is one line of the log `zoo.json`, from whic
 `zoo.md` is made.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import argparse
@@ -22,10 +23,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import bench
+
 from frontier import harness
 from frontier.zoo import CASES
 
 NAME = "zoo"
+MADE = "Made by `python benchmarks/zoo.py` from `zoo.json`."
+HOSTILE = (
+    "Each breaks something a cache takes for granted; a refusal is a right answer. *for "
+    "verification*: what training code changed between two steps, which only the verification at "
+    "run time can see."
+)
 PREFIXES = ("quarter", "half", "three quarters", "all but head")
 GOOD = ("equal", "close")
 WORDS = {
@@ -125,7 +133,8 @@ def table(log: dict[str, Any]) -> str:
         "gradient, buffers, attributes, the random states of PyTorch, NumPy and Python and the "
         "caller's batch are compared. *equal*: all bits; *close*: the largest relative error is "
         f"given, the largest of all is {worst:.0e} (beyond 1e-5 only where float64 shows that it "
-        "is rounding, and in bfloat16); the percentage is the share of frozen layers skipped. "
+        "is rounding, and in bfloat16); the percentage is the share of frozen layers skipped "
+        "(those fed by trainable ones cannot be). "
         "*refused*: no replay, with a reason. *in full 2/4*: two of four steps left the replay "
         "and took the full forward pass, with equal results. The columns are shares of the "
         "backbone's layer groups that are frozen, from the input on."
@@ -145,9 +154,7 @@ def table(log: dict[str, Any]) -> str:
             "",
             "## Hostile models",
             "",
-            "Each breaks something a cache takes for granted; a refusal is a right answer. *for "
-            "verification*: what training code changed between two steps, which only the "
-            "verification at run time can see.",
+            HOSTILE,
             "",
             *matrix([c for c in cells if c["hostile"]]),
             "",
@@ -155,8 +162,7 @@ def table(log: dict[str, Any]) -> str:
             "",
             *reasons(cells),
             "",
-            f"torch {m['torch']}, {m['threads']} thread(s), {m['processor']}. Made by "
-            "`python benchmarks/zoo.py` from `zoo.json`.",
+            f"torch {m['torch']}, {m['threads']} thread(s), {m['processor']}. {MADE}",
             "",
         ]
     )
