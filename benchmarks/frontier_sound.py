@@ -62,34 +62,39 @@ class Rows:
     """Stored rows of a split, filled block by block when they are first asked for."""
 
     def __init__(self, region: Any, inputs: Tensor, folder: Path) -> None:
-        self._region, self._inputs = region, inputs
-        self._fill(0)  # tells names and types
-        columns = [Column(n, str(v.dtype)) for n, v in self._block.items()]
-        self._store = Store(folder, columns, rows=len(inputs), seed=b"benchmark")
+        self._region, self._inputs, self._folder = region, inputs, folder
+        self._store: Store | None = None
 
-    def _fill(self, first: int) -> None:
+    def _filled(self, first: int) -> dict[str, NDArray[Any]]:
         filled = self._region.fill(Example((self._inputs[first : first + BLOCK_ROWS],)))
-        self._block = {name: value.numpy() for name, value in filled.items()}
+        return {name: value.numpy() for name, value in filled.items()}
+
+    def _opened(self, block: dict[str, NDArray[Any]]) -> Store:
+        columns = [Column(name, str(value.dtype)) for name, value in block.items()]
+        return Store(self._folder, columns, rows=len(self._inputs), seed=b"benchmark")
 
     def of(self, indices: Tensor) -> dict[str, Tensor]:
         """The rows of these samples."""
         wanted = indices.numpy()
-        missing = wanted[~self._store.present(wanted)]
-        for block in np.unique(missing // BLOCK_ROWS).tolist():
-            self._fill(block * BLOCK_ROWS)
-            assert self._store.write(block * BLOCK_ROWS, self._block)
-        values, good = self._store.read(wanted)
+        there = np.zeros(len(wanted), bool) if self._store is None else self._store.present(wanted)
+        for block in np.unique(wanted[~there] // BLOCK_ROWS).tolist():
+            values = self._filled(block * BLOCK_ROWS)
+            self._store = self._store or self._opened(values)
+            assert self._store.write(block * BLOCK_ROWS, values)
+        assert self._store is not None
+        read, good = self._store.read(wanted)
         assert good.all(), "damaged rows"
-        return {name: torch.from_numpy(value) for name, value in values.items()}
+        return {name: torch.from_numpy(value) for name, value in read.items()}
 
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the store."""
-        return self._store.bytes_on_disk
+        return self._store.bytes_on_disk if self._store else 0
 
     def close(self) -> None:
         """Close the store."""
-        self._store.close()
+        if self._store is not None:
+            self._store.close()
 
 
 class SoundRun:
