@@ -123,7 +123,9 @@ def inspect(  # noqa: PLR0913  one per flag
         given = {name: value for name, value in given.items() if value is not None}
         _foretell(load_config(None, settings | run | given), views, as_json=json)
         return
-    config = load_config(None, settings | {"data": "none", "batch_size": batch_size or 8})
+    config = load_config(
+        None, settings | {"data": "none", "batch_size": 8 if batch_size is None else batch_size}
+    )
     built = _built(config, kind, tuple(str(i) for i in range(classes)))
     groups = _measured(built, config)
     if json:

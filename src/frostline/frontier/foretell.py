@@ -356,7 +356,7 @@ class _Shape:
         last = min((g.depth for g in groups if g.name in groups.head), default=len(groups) - 1)
         plans = [FreezePlan(frozen=frozenset(groups.names[:d])) for d in range(last + 1)]
         costs = [g.cost or GroupCost() for g in groups]
-        frozen = [c.forward_s if c.frozen_forward_s is None else c.frozen_forward_s for c in costs]
+        frozen = [_frozen_forward_s(c) for c in costs]
         return cls(
             step=tuple(predicted_step_s(groups, p) for p in plans),
             cached=tuple(predicted_step_s(groups, p, frozen_prefix_cached=True) for p in plans),
@@ -490,7 +490,8 @@ def _cost_at(
     sizes = [float(found.row_bytes.get(d, 0)) for d in shape.depths]
     memory = _between(found.memory, shape.memory, depth)
     evaluation = min(found.evaluation.values())
-    share = shape.fill[depth] / sum((g.cost or GroupCost()).frozen_forward_s or 0.0 for g in groups)
+    whole = sum(_frozen_forward_s(g.cost or GroupCost()) for g in groups)
+    share = shape.fill[depth] / whole if whole else 0.0
     return DepthCost(
         depth=depth,
         frozen=groups.names[:depth],
@@ -507,6 +508,10 @@ def _cost_at(
         tried=depth in tried,
         refused=found.refused.get(depth, ""),
     )
+
+
+def _frozen_forward_s(cost: GroupCost) -> float:
+    return cost.forward_s if cost.frozen_forward_s is None else cost.frozen_forward_s
 
 
 def _between(known: Mapping[int, float], shape: Sequence[float], depth: int) -> float | None:
