@@ -93,6 +93,13 @@ class Uneven(Sampler[list[int]]):
             yield torch.randint(self.samples, (1 + i % 4,)).tolist()
 
 
+class AtOnce(Uneven):
+    """Draws all batches as soon as it is asked for an iterator."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(list(super().__iter__()))
+
+
 def _own(samples: int, seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed + samples)
 
@@ -124,6 +131,7 @@ ORDERS: dict[str, Callable[[int, int, bool], dict[str, Any]]] = {
         "batch_size": size, "drop_last": drop, "sampler": Rude(n),
     },
     "batches of its own": lambda n, size, drop: {"batch_sampler": Uneven(n)},
+    "batches drawn at once": lambda n, size, drop: {"batch_sampler": AtOnce(n)},
     "batches of tensors": lambda n, size, drop: {
         "batch_sampler": [torch.arange(i, min(i + size, n)) for i in range(0, n, size)],
     },
@@ -184,7 +192,9 @@ def test_batches_and_generators_are_those_of_the_loader(order, load):
     _same(plain, _feed_epochs(Feed(_loader(Numbered(), order)), 3, load))
 
 
-@pytest.mark.parametrize("order", ["shuffled", "draws all the time", "batches of its own"])
+@pytest.mark.parametrize(
+    "order", ["shuffled", "draws all the time", "batches of its own", "batches drawn at once"]
+)
 @pytest.mark.parametrize("load", ["none", "lazy", "all", "mixed"])
 @pytest.mark.parametrize(
     "workers",
@@ -209,7 +219,7 @@ def test_an_epoch_that_is_broken_off_leaves_what_the_loader_would(workers, load)
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from(sorted(set(ORDERS) - {"batches of its own"})),
+    st.sampled_from(sorted(set(ORDERS) - {"batches of its own", "batches drawn at once"})),
     st.integers(1, 40),
     st.booleans(),
     st.sampled_from([0, 0, 0, 0, 0, 2]),
@@ -304,6 +314,22 @@ def test_a_second_call_ends_the_first():
     assert [first for first, _ in feed.blocks([64], 0)] == [64]
     with pytest.raises(FrontierError, match="asked for later"):
         next(early)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_samples_can_be_loaded(workers):
+    feed = Feed(_loader(Numbered(), "shuffled", num_workers=workers))
+    before = generator_states()
+    assert feed.load([5, 69, 5, 0], [0, 0, 0, 0])[1].tolist() == [5, 69, 5, 0]
+    assert generator_states() == before
+    with pytest.raises(FrontierError, match="1 views"):
+        feed.load([1, 2], [0, 1])
+    with pytest.raises(FrontierError, match="0 to 69"):
+        feed.load([70], [0])
+    feed = Feed(_loader(Noisy(), "shuffled", num_workers=workers), views=Views(2))
+    together = feed.load([3, 3, 4], [0, 1, 1])[0].tolist()
+    assert together[0] != together[1]
+    assert together == [feed.load([i], [v])[0][0].tolist() for i, v in ((3, 0), (3, 1), (4, 1))]
 
 
 # -- views -----------------------------------------------------------------------------------------
@@ -716,6 +742,12 @@ def test_nothing_is_read_from_a_stream_when_nobody_asks():
     assert len(reads) == 1, "rising blocks are read in one go"
 
 
+def test_any_samples_of_a_stream_can_be_loaded():
+    feed = Feed(DataLoader(Flow(), batch_size=8), stable_order=True)
+    assert feed.load([60, 3, 60, 2], [0] * 4)[1].tolist() == [60, 3, 60, 2]
+    assert feed.load([61], [0])[1].tolist() == [61]
+
+
 def test_a_stream_must_be_promised_to_be_stable():
     with pytest.raises(FrontierError, match="stable_order=True"):
         Feed(DataLoader(Flow(), batch_size=8))
@@ -832,6 +864,9 @@ def test_what_cannot_be_known_is_said():
     data.lock = threading.Lock()
     identity = _identity(data)
     assert identity["data"] is None
+    assert not Feed(DataLoader(data)).known
+    assert Feed(DataLoader(data), identity=3).known
+    assert Feed(DataLoader(Numbered())).known
     assert "_thread.lock" in identity["unknown"][0]
     given_ = _identity(data, identity="mine, version 3")
     assert given_["given"] == "mine, version 3"

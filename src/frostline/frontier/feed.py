@@ -194,6 +194,23 @@ class Feed:
         self._blocks_asked += 1
         return self._blocks(list(firsts), view, self._blocks_asked)
 
+    def load(self, indices: Sequence[int] | IntArray, views: Sequence[int] | IntArray) -> Any:
+        """Any samples in any views, collated; in this process, without moving the generators.
+
+        Args:
+            indices: (N,) of the samples, 0 to `samples` - 1, N >= 1. Of a stream, everything up to
+                the last of them is read.
+            views: (N,) of each.
+
+        Raises:
+            FrontierError: no such sample or view.
+            SampleChanged: one of them is not what it was.
+        """
+        numbers, view = self._indices(indices), np.asarray(views, np.int64)
+        self._require_view(int(view.min()))
+        self._require_view(int(view.max()))
+        return self._load(numbers, view, numbers.tolist())
+
     def close(self) -> None:
         """End all worker processes; the feed starts new ones when it needs them."""
         for name in ("_whole", "_lone", "_blockwise"):
@@ -226,6 +243,11 @@ class Feed:
             "content": self._content,
             "unknown": [f"{name}: {f.unknown}" for name, f in self._known.items() if f.unknown],
         }
+
+    @property
+    def known(self) -> bool:
+        """Whether `identity` says all that values computed from the samples depend on."""
+        return not any(value is None for key, value in self.identity.items() if key != "given")
 
     def describe(self) -> str:
         """One sentence on views for people."""
@@ -335,7 +357,7 @@ class Feed:
 
     def _load(self, indices: IntArray, view: IntArray, batch: Any) -> Any:
         if self._stream is not None:
-            return self._stream.batch(int(indices[0]), len(indices))
+            return self._stream.batch(indices.tolist())
         picks = self._picks(indices, view, batch)
         ((digests, loaded),) = quiet(self._lone.load([picks]))
         self._witness(indices, view, np.frombuffer(digests, np.uint64))
@@ -377,7 +399,7 @@ class Feed:
     def _block_batches(self, firsts: list[int], view: int) -> Iterator[Any]:
         ranges = [np.arange(f, min(f + BLOCK, self.samples)) for f in firsts]
         if self._stream is not None:
-            yield from (self._stream.batch(int(r[0]), len(r)) for r in ranges)
+            yield from (self._stream.batch(r.tolist()) for r in ranges)
             return
         views = [np.full(r.shape, view) for r in ranges]
         picks = (self._picks(r, v, r.tolist()) for r, v in zip(ranges, views, strict=True))
@@ -387,12 +409,7 @@ class Feed:
             yield batch
 
     def _require_blocks(self, firsts: Sequence[int], view: int) -> None:
-        if not 0 <= view < self.views.count:
-            raise FrontierError(
-                f"load view {view}",
-                found=f"{self.views.count} views of each sample",
-                fix=f"ask for a view from 0 to {self.views.count - 1}",
-            )
+        self._require_view(view)
         for first in firsts:
             if first % BLOCK or not 0 <= first < self.samples:
                 raise FrontierError(
@@ -400,6 +417,14 @@ class Feed:
                     found=f"blocks of {BLOCK} of {self.samples} samples",
                     fix=f"ask for a multiple of {BLOCK} below {self.samples}",
                 )
+
+    def _require_view(self, view: int) -> None:
+        if not 0 <= view < self.views.count:
+            raise FrontierError(
+                f"load view {view}",
+                found=f"{self.views.count} views of each sample",
+                fix=f"ask for a view from 0 to {self.views.count - 1}",
+            )
 
     # Loaders like the user's are made when first needed: their workers cost memory.
 

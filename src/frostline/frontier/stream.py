@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,25 +72,28 @@ class Stream:
             yield count, batch
         self.sizes = sizes
 
-    def batch(self, first: int, count: int) -> Any:
-        """Samples from position `first` on, collated; forward from the last call if it can be.
+    def batch(self, positions: Sequence[int]) -> Any:
+        """The samples at these positions, collated; rising positions are read in one go.
 
         Raises:
             FrontierError: the stream ended before.
         """
-        if self._reader is None or first < self._position:
+        found = {position: self._sample(position) for position in sorted(set(positions))}
+        with undisturbed():
+            return self._loader.collate_fn([found[position] for position in positions])
+
+    def _sample(self, position: int) -> Any:
+        if self._reader is None or position < self._position:
             self._reader = self._reading(self._raw)
             self._waiting.clear()
             self._position = 0
-        while self._position + len(self._waiting) < first + count:
+        while self._position + len(self._waiting) <= position:
             self._read(self._reader)
-        while self._position < first:
+        while self._position < position:
             self._waiting.popleft()
             self._position += 1
-        samples = [self._waiting.popleft() for _ in range(count)]
-        self._position += count
-        with undisturbed():
-            return self._loader.collate_fn(samples)
+        self._position += 1
+        return self._waiting.popleft()
 
     def close(self) -> None:
         """Stop reading."""
