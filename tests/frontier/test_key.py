@@ -665,7 +665,8 @@ DIFFERENT: list[Callable[[], object]] = [
     lambda: torch.ones(2, 2), lambda: nn.Parameter(torch.ones(2)), lambda: np.ones(2),
     lambda: np.ones((2, 1)), lambda: np.zeros(2), lambda: np.float32(1), lambda: np.float64(1),
     lambda: np.array(["a", None]), lambda: np.dtype("f4"), lambda: np.dtype("f8"),
-    lambda: Path("a"), lambda: Path("b"), lambda: re.compile("a"), lambda: re.compile("a", re.ASCII),
+    lambda: Path("a"), lambda: Path("b"), lambda: re.compile("a"),
+    lambda: re.compile("a", re.ASCII),
     lambda: Colour.RED, lambda: Colour.BLUE, lambda: Plain(x=1), lambda: Plain(x=2),
     lambda: Plain(y=1), lambda: Slotted(1), lambda: Slotted(2), lambda: Hiding(x=1),
     lambda: Hiding(x=2), lambda: SimpleNamespace(x=1), lambda: len, lambda: "builtins.len",
@@ -697,7 +698,7 @@ def test_values_made_alike_are_equal():
 
 
 def _opened() -> object:
-    return open(__file__, "rb", buffering=0)  # noqa: SIM115  closed when it is forgotten
+    return open(__file__, "rb", buffering=0)
 
 
 @pytest.mark.parametrize(

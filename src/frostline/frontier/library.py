@@ -49,12 +49,15 @@ _FORMAT = 1
 _KIND = "frostline frontier entry 1"
 _ENTRY, _USERS, _ROWS, _LOCK, _TAG = "entry.json", "users", "rows", ".lock", "CACHEDIR.TAG"
 _NAME = re.compile(r"[0-9a-f]{32}")
-_DRAFT_PREFIX = ".tmp-"
+#: What `_io` calls things until they are whole.
+_DRAFT = re.compile(r"\.tmp-[0-9a-f]{16}")
 _TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by frostline; may be removed.\n"
 #: A key lists a few hundred bytes for every tensor and module.
 _MAX_ENTRY_BYTES = 16_000_000
 _MAX_ROWS = 1 << 32
 _WAIT_S = 60.0
+#: Looking waits less; what it then does not see is said to be unknown.
+_LOOK_S = 2.0
 
 
 def default_root() -> Path:
@@ -401,9 +404,10 @@ class Library:
             raise StorageError(f"trust the cache folder {self.root}", found=wrong, fix=fix)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Be the only process that makes or removes entries."""
-        with _native_lock(self.root / _LOCK, mode=self._mode, wait_s=_WAIT_S):
+    def _locked(self, *, wait_s: float | None = None) -> Iterator[None]:
+        """Be the only process that makes or removes entries. Not to be nested."""
+        wait_s = _WAIT_S if wait_s is None else wait_s
+        with _native_lock(self.root / _LOCK, mode=self._mode, wait_s=wait_s):
             yield
 
     def _sweep(self, folder: Path) -> tuple[str, ...]:
@@ -416,15 +420,30 @@ class Library:
 
     # -- reading entries -------------------------------------------------------------------------
 
-    def _scan(self, *, count: bool) -> Iterator[Entry]:
+    def _scan(self, *, count: bool, locked: bool = False) -> Iterator[Entry]:
+        """Every entry; `locked` says that the caller holds the lock already."""
         if not self._exists():
             return
         with _io.storage_errors(f"list {self.root}"), os.scandir(self.root) as found:
             names = sorted(item.name for item in found if item.name not in (_LOCK, _TAG))
         for name in names:
-            entry = self._read(self.root / name, count=count)
+            path = self.root / name
+            entry = self._read(path, count=count) if locked else self._look(path, count=count)
             if entry is not None:
                 yield entry
+
+    def _look(self, path: Path, *, count: bool) -> Entry | None:
+        """An entry as it is, though others make and remove entries at the same time."""
+        entry = self._read(path, count=False)
+        if entry is None or not (entry.state == "damaged" or (count and entry.state == "good")):
+            return entry
+        # An entry that is removed and made again meanwhile looks damaged; and opening a store to
+        # count its rows would bring back a folder that has just gone.
+        try:
+            with self._locked(wait_s=min(_WAIT_S, _LOOK_S)):
+                return self._read(path, count=count)
+        except StorageError:
+            return entry
 
     def _read(self, path: Path, *, count: bool) -> Entry | None:
         """The entry of a path as it is; None when there is nothing (any more)."""
@@ -433,7 +452,7 @@ class Library:
             if why := self._foreign(path, status):
                 return Entry(path, "foreign", why, last_used=status.st_mtime)
             size_bytes, odd = _measured(path)
-            if path.name.startswith(_DRAFT_PREFIX):
+            if _DRAFT.fullmatch(path.name):
                 return Entry(path, "half-made", "left by a process that was killed", size_bytes,
                              last_used=status.st_mtime)  # fmt: skip
             used = (path / _USERS).stat().st_mtime if (path / _USERS).is_dir() else status.st_mtime
@@ -455,9 +474,9 @@ class Library:
 
     def _foreign(self, path: Path, status: os.stat_result) -> str:
         """What shows that something is not ours; empty when nothing does."""
-        if not stat.S_ISDIR(status.st_mode):
+        draft = _DRAFT.fullmatch(path.name)
+        if not stat.S_ISDIR(status.st_mode) and not (draft and stat.S_ISREG(status.st_mode)):
             return "no folder"
-        draft = path.name.startswith(_DRAFT_PREFIX)
         if not (draft or _NAME.fullmatch(path.name)):
             return "a name that no entry has"
         if not self.shared and hasattr(os, "geteuid") and status.st_uid != os.geteuid():
@@ -520,7 +539,8 @@ class Library:
         """What the store of `path` may take, after others have made way; None: no bound."""
         if self.budget_bytes is None:
             return None
-        others = [e for e in self._scan(count=False) if e.path != path and e.state != "foreign"]
+        scan = self._scan(count=False, locked=True)
+        others = [e for e in scan if e.path != path and e.state != "foreign"]
         taken = sum(e.size_bytes for e in others)
         for entry in sorted(others, key=lambda e: e.last_used):
             if taken + needs_bytes <= self.budget_bytes:
