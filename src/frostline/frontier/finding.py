@@ -7,7 +7,7 @@ never stored: it is computed again from what does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,15 @@ from frostline.backends.torch.example import Example
 from frostline.backends.torch.tracing import tensors_in
 from frostline.errors import FrontierError
 from frostline.frontier.script import Call, Entry, Script, Spec, Verdict, call_name, same_constants
-from frostline.frontier.sessions import NO_SAMPLE, TRAINS, Recorder, overridden
-from frostline.frontier.standin import StandIn
-from frostline.frontier.structure import leaves_of, map_leaves
+from frostline.frontier.sessions import (
+    NO_SAMPLE,
+    TRAINS,
+    Recorder,
+    hooks_on_values,
+    overridden,
+)
+from frostline.frontier.standin import StandIn, version_of
+from frostline.frontier.structure import attributes_of, leaves_of, map_leaves
 from frostline.frontier.taint import Looks, Taint
 
 __all__ = [
@@ -159,13 +165,48 @@ def record(
     modules = {name: module for name, module in model.named_modules() if name}
     wrap = lambda leaf: recorder.input(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
     ins = map_leaves((args, kwargs), wrap, objects=True)
-    with overridden(modules, recorder.call), Looks(taint), taint, torch.enable_grad():
+    versions = [version_of(t) for t in tensors_in((args, kwargs))]
+    with overridden(modules, recorder.call), hooks_on_values(modules), Looks(taint), taint:
         output = model(*ins[0], **ins[1])
+    if versions != [version_of(t) for t in tensors_in((args, kwargs))]:
+        raise FrontierError(
+            "replay the frozen region",
+            found="the model writes into the batch it is given",
+            fix="x = x * 2 instead of x.mul_(2), or nothing: the full forward pass is taken",
+        )
     leaving = set(_frozen_in(leaves_of(output).items))
-    for module in model.modules():
-        leaving |= set(_frozen_in(tensors_in(list(vars(module).values()))))
+    if hidden := set(stand_ins_anywhere(output)) - leaving:
+        raise FrontierError(
+            "replay the frozen region",
+            found=f"the model's output holds {len(hidden)} values of frozen layers inside an "
+            "object (a cache of keys and values)",
+            fix="call the model with use_cache=False",
+        )
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if kept := set(_frozen_in(tensors_in(value))):
+                leaving |= kept
+                recorder.kept.append((name, key))
     recorder.open = False
     return Recording(recorder, frozenset(leaving), batch_size(example))
+
+
+def stand_ins_anywhere(value: Any, depth: int = 8) -> Iterator[int]:
+    """Numbers of frozen values in a value and, unlike `leaves_of`, deep inside its objects."""
+    if type(value) is StandIn:
+        if not value.node.live:
+            yield value.node.id
+    elif depth == 0 or isinstance(value, (Tensor, nn.Module)):
+        return
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from stand_ins_anywhere(item, depth - 1)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from stand_ins_anywhere(item, depth - 1)
+    else:
+        for item in attributes_of(value).values():
+            yield from stand_ins_anywhere(item, depth - 1)
 
 
 def _own(leaf: Any) -> Any:
@@ -195,8 +236,7 @@ class _Unfit(Exception):
 def analyse(
     model: nn.Module,
     one: Recording,
-    other: Recording,
-    shared: Sequence[tuple[int, int]],
+    others: Sequence[tuple[Recording, Sequence[tuple[int, int]]]],
     split: Collection[str] = (),
 ) -> Found:
     """What to skip, what to store and what to compute again.
@@ -204,16 +244,22 @@ def analyse(
     Args:
         model: the model recorded.
         one: the first recording.
-        other: a recording of another number of samples.
-        shared: pairs of (place in `one`, place in `other`) of the same samples.
+        others: recordings of another number of samples, in other company; with each the pairs of
+            (place in `one`, place there) of the same samples.
         split: names of modules that must be skipped by themselves, not inside a larger one.
 
     Raises:
         FrontierError: the recordings differ in more than numbers, or a frozen value was
             overwritten through another tensor.
     """
-    _check_same_path(one.recorder, other.recorder)
-    patterns = _patterns(one, other, shared)
+    patterns: dict[int, Pattern] | None = None
+    for other, shared in others:
+        _check_same_path(one.recorder, other.recorder)
+        found = _patterns(one, other, shared)
+        kept = {n: p for n, p in found.items() if patterns is None or patterns.get(n) == p}
+        patterns = kept
+    patterns = patterns or {}
+    other = others[0][0]
     unfit: dict[int, str] = {}
     while True:
         chosen = _choose(one.recorder.calls, unfit, frozenset(split))
@@ -221,8 +267,8 @@ def analyse(
             script = _script(model, one, chosen)
             _mark_varying(script, other.recorder)
             slots, constants, needed = _slots(script, patterns, one.recorder)
-        except _Unfit as found:
-            unfit[found.call] = found.why
+        except _Unfit as error:
+            unfit[error.call] = error.why
         else:
             break
     ends = _ends(one.recorder, chosen, unfit)
@@ -345,6 +391,7 @@ def _script(model: nn.Module, recording: Recording, chosen: set[int]) -> Script:
         inputs,
         scripted,
         recording.outputs,
+        frozenset(recorder.grads),
     )
 
 
@@ -404,7 +451,7 @@ def _slots(
     script: Script, patterns: Mapping[int, Pattern], recorder: Recorder
 ) -> tuple[tuple[int, ...], frozenset[int], frozenset[int]]:
     """Which needed values to store, which are constant, which to compute from the others."""
-    reads = (Verdict.LIVE, Verdict.LOOK, Verdict.EAGER)
+    reads = (Verdict.LIVE, Verdict.LOOK, Verdict.EAGER)  # a wish for a gradient reads nothing
     wanted = {p for e in script.entries if e.verdict in reads for p in e.parents} | script.outputs
     skips = _behind_skips(script)
     slots: set[int] = set()

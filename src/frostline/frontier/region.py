@@ -17,7 +17,7 @@ Example:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -45,19 +45,22 @@ from frostline.frontier.sessions import (
     Recorder,
     Refiller,
     Replayer,
+    hooks_on_values,
     overridden,
     real_leaves,
 )
-from frostline.frontier.state import Settings
+from frostline.frontier.state import Settings, hook_tables, is_foreign
 from frostline.frontier.structure import leaves_of, map_leaves, tensors_of
+from frostline.frontier.taint import KeptWrites
 
 __all__ = ["Ending", "Region", "ReplayDiverged", "Slot", "find_region"]
 
 #: Floating-point operations done in the time in which a stored byte is read, about: 20 GFLOP/s on
 #: one core against 1 GB/s, checksum included.
 _WORK_PER_BYTE = 20
-#: Pairs of samples tried for the second recording, which must take the same path as the first.
-_PAIRS = ((2, 0), (1, 0), (2, 1))
+#: Pairs of samples for further recordings, which must take the same path as the first: two of
+#: them, so that no sample has the same company in all.
+_PAIRS = (((2, 0), (0, 1)), ((1, 0), (2, 1)), ((2, 0), (1, 2)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +140,10 @@ def find_region(
             fix="a batch of at least 3 samples",
         )
     failures: list[FrontierError] = []
-    for pair in _PAIRS:
+    for pairs in _PAIRS:
         try:
             with leave_untouched(root) as keep:
-                return _find(root, example, pair, keep, split, live)
+                return _find(root, example, pairs, keep, split, live)
         except FrontierError as error:
             failures.append(error)
     raise failures[0]
@@ -149,28 +152,30 @@ def find_region(
 def _find(
     root: nn.Module,
     example: Example,
-    pair: tuple[int, int],
+    pairs: Sequence[tuple[int, int]],
     keep: Callable[[Tensor], None],
     split: Collection[str],
     live: Collection[str],
 ) -> Region:
     three = rows_of(example, (0, 1, 2))
     try:
-        with torch.no_grad():
+        with KeptWrites(root, keep):
             own = rows_of(three, (0, 1, 2))
             root(*own.args, **own.kwargs)  # modules swapped and caches filled at the first pass
         one = record(root, three, keep, live)
-        other = record(root, rows_of(example, pair), keep, live)
+        others = [
+            (record(root, rows_of(example, pair), keep, live), [(s, i) for i, s in enumerate(pair)])
+            for pair in pairs
+        ]
     except FrontierError:
         raise
     except Exception as error:
         raise FrontierError(
             f"record the frozen region of {type(root).__name__}",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            found=f"{type(error).__name__}: {_first_line(error)}",
             fix="nothing to do: the full forward pass is taken",
         ) from error
-    shared = [(sample, place) for place, sample in enumerate(pair)]
-    found = analyse(root, one, other, shared, split)
+    found = analyse(root, one, others, split)
     tape = _Tape(
         dict(one.recorder.specs),
         {n: one.recorder.values[n] for n in found.constants},
@@ -227,6 +232,13 @@ class Region:
             e.verdict in (Verdict.LOOK, Verdict.EAGER) for e in found.script.entries
         )
         self._live_first = self._live_before_last_slot()
+        self._with_grad = torch.is_grad_enabled()
+        self._keeps = [(vars(root.get_submodule(name)), key) for name, key in recorder.kept]
+        self._hooked = {
+            name: module
+            for name, module in root.named_modules()
+            if name and any(is_foreign(h) for table in hook_tables(module) for h in table.values())
+        }
         skipped = set(self.modules)
         self._buffered = [
             (module, tuple(module.buffers(recurse=False)))
@@ -236,9 +248,9 @@ class Region:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to gain: no value beyond the inputs is stored."""
-        return all(slot.number < self._found.script.inputs for slot in self.slots) and not (
-            self.slots == () and self.skipped
+        """Whether nothing is left out in a replay: no module call, no use of a parameter."""
+        return not self.skipped and not any(
+            entry.weighted and entry.verdict is Verdict.GLUE for entry in self._found.script.entries
         )
 
     @property
@@ -330,7 +342,7 @@ class Region:
     def _filled(self, example: Example) -> tuple[dict[int, Tensor], Filler]:
         wanted = frozenset(self._by_number) | self._found.constants
         filler = Filler(self._found.script, wanted, stop=True)
-        with self._guard(), torch.no_grad():
+        with self._guard(), torch.set_grad_enabled(self._with_grad):
             self._go(example, filler)
         if missing := wanted - filler.kept.keys():
             raise ReplayDiverged(
@@ -352,7 +364,7 @@ class Region:
 
         args, kwargs = map_leaves((example.args, dict(example.kwargs)), wrap, objects=True)
         try:
-            with overridden(self._modules, session.call):
+            with overridden(self._modules, session.call), hooks_on_values(self._hooked):
                 self._root(*args, **kwargs)
         except AllFilled:
             pass
@@ -409,10 +421,15 @@ class Region:
         metas = _Metas(tape, self._found.patterns, samples)
         session = Refiller(self._found.script, get, metas, frozenset(self._by_number))
         args, kwargs = self._stand_ins(example, session)
-        with self._guard(), torch.no_grad(), overridden(self._modules, session.call):
+        with (
+            self._guard(),
+            torch.set_grad_enabled(self._with_grad),
+            overridden(self._modules, session.call),
+            hooks_on_values(self._hooked),
+        ):
             with suppress(AllFilled):
                 self._root(*args, **kwargs)
-            kept = {number: node.real() for number, node in session.kept.items()}
+            kept = {number: node.real().detach() for number, node in session.kept.items()}
             session.open = False
         return {
             slot.name: slot.pattern.split(kept[slot.number], samples).contiguous()
@@ -479,12 +496,30 @@ class Region:
         session = self._replayer(rows, tape, samples)
         args, kwargs = self._stand_ins(example, session)
         call = self._root if forward is None else forward
-        with self.undoing(), overridden(self._modules, session.call):
+        with (
+            self.undoing(),
+            overridden(self._modules, session.call),
+            hooks_on_values(self._hooked),
+        ):
             try:
                 output = real_leaves(call(*args, **kwargs))
+                self._settle_attributes()
+            except FrontierError:
+                raise
+            except Exception as error:  # the full forward pass will tell if it is the model's own
+                raise ReplayDiverged(
+                    "replay the frozen region",
+                    found=f"{type(error).__name__}: {_first_line(error)}",
+                    fix="nothing to do: this batch takes the full forward pass",
+                ) from error
             finally:
                 session.open = False
         return output
+
+    def _settle_attributes(self) -> None:
+        """Real tensors where the model keeps values of this pass as attributes."""
+        for table, key in self._keeps:
+            table[key] = real_leaves(table[key])
 
     def _replayer(self, rows: Mapping[str, Tensor], tape: _Tape, samples: int) -> Replayer:
         found = self._found
@@ -528,7 +563,7 @@ class Region:
     def _learn(self, example: Example) -> None:
         wanted = frozenset(self._by_number) | self._found.constants
         filler = Filler(self._found.script, wanted, stop=False)
-        with leave_untouched(self._root), torch.no_grad():
+        with leave_untouched(self._root), torch.set_grad_enabled(self._with_grad):
             self._go(example, filler)
         self._remember(example, filler)
 
@@ -671,6 +706,10 @@ def _fitted(value: Tensor, shape: tuple[int, ...]) -> Tensor:
             pad[dim] = want - have
             value = torch.cat([value, value.new_zeros(pad)], dim)
     return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _slot_name(producer: Any, number: int) -> str:

@@ -32,6 +32,7 @@ class Verdict(Enum):
         LOOK: takes a value out of PyTorch: control flow, NumPy.
         LIVE: reads frozen values and something live.
         CALL: a module call that is skipped.
+        GRAD: asks for a gradient of a frozen value.
     """
 
     GLUE = "glue"
@@ -39,6 +40,7 @@ class Verdict(Enum):
     LOOK = "look"
     LIVE = "live"
     CALL = "call"
+    GRAD = "grad"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,7 @@ class Script:
         skipped: name -> numbers of its calls that are skipped.
         inputs: number of input values; they are the first ones.
         scripted: names of TorchScript modules, which count as operations.
+        grads: numbers of the values that carry a gradient because the model asked for one.
         outputs: numbers of the values that leave through the model's output or its attributes.
     """
 
@@ -177,6 +180,7 @@ class Script:
     inputs: int
     scripted: frozenset[str] = frozenset()
     outputs: frozenset[int] = frozenset()
+    grads: frozenset[int] = frozenset()
     producers: dict[int, Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from frostline.frontier.standin import (
     version_of,
     with_values,
 )
-from frostline.frontier.state import foreign_hooks, state_of
+from frostline.frontier.state import foreign_hooks, hook_tables, is_foreign, state_of
 from frostline.frontier.structure import Leaves, leaves_of, map_leaves, tensors_of
 from frostline.frontier.taint import Taint
 
@@ -45,9 +46,11 @@ __all__ = [
     "TRAINS",
     "AllFilled",
     "Filler",
+    "HookOperation",
     "Recorder",
     "Refiller",
     "Replayer",
+    "hooks_on_values",
     "overridden",
     "real_leaves",
 ]
@@ -57,6 +60,8 @@ Forward = Callable[..., Any]
 TRAINS = "uses what trains"
 NO_SAMPLE = "returns a tensor that depends on no sample"
 _BLANK = torch.empty(0, device="meta")
+SET_GRAD = getattr(Tensor, "requires_grad").__set__  # noqa: B009  a property on the class
+WANTS_GRAD = frozenset({Tensor.requires_grad_, SET_GRAD})
 
 
 class AllFilled(BaseException):
@@ -87,6 +92,57 @@ def overridden(
                 own.pop("forward", None)
             else:
                 own["forward"] = before
+
+
+@contextmanager
+def hooks_on_values(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let the user's hooks see real values: each becomes an operation that is always run."""
+    kept: list[tuple[dict[int, Any], int, Any]] = []
+    try:
+        for name, module in modules.items():
+            for table in hook_tables(module):
+                for key, hook in table.items():
+                    if is_foreign(hook) and not isinstance(hook, HookOperation):
+                        kept.append((table, key, hook))
+                        table[key] = HookOperation(name, hook)
+        yield
+    finally:
+        for table, key, hook in kept:
+            if key in table:  # else it has removed itself
+                table[key] = hook
+
+
+class HookOperation:
+    """A hook of the user's as an operation on whatever values it is given.
+
+    Args:
+        name: of the module it is on.
+        hook: the user's.
+    """
+
+    def __init__(self, name: str, hook: Callable[..., Any]) -> None:
+        self.__name__ = f"hook {getattr(hook, '__qualname__', type(hook).__name__)} on {name}"
+        self._hook = hook
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        """Run the hook through the session of the values, if they have one."""
+        leaves = leaves_of(given).items
+        found = [x for x in leaves if type(x) is StandIn and not x.node.live]
+        for each in found:
+            session: Any = each.node.session
+            if session.open and hasattr(session, "hook"):
+                return session.hook(self, module, given, found)
+        return self._hook(module, *map_leaves(given, _real, objects=True))
+
+    def on_values(self, module: nn.Module, given: Any) -> Any:
+        """Run the hook on real tensors."""
+        return self._hook(module, *given)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HookOperation) and other._hook is self._hook
+
+    def __hash__(self) -> int:
+        return id(self._hook)
 
 
 def _sent(call: Callable[[str, Forward, Any, Any], Any], name: str, original: Forward) -> Forward:
@@ -145,6 +201,9 @@ class Recorder:
         calls: all module calls, by number.
         specs: what each value looks like.
         values: copies of the values, as they were when they were made.
+        places: name of the module in whose code each value was made.
+        grads: values of which the model's own code wants a gradient.
+        kept: (module, attribute) where the model left values of the frozen region.
     """
 
     def __init__(self, model: nn.Module, taint: Taint) -> None:
@@ -154,6 +213,8 @@ class Recorder:
         self.specs: dict[int, Spec] = {}
         self.values: dict[int, Tensor] = {}
         self.places: dict[int, str] = {}
+        self.grads: set[int] = set()
+        self.kept: list[tuple[str, str]] = []
         self._modules = {n: m for n, m in model.named_modules() if n}
         self._taint = taint
         self._counts: dict[str, int] = {}
@@ -190,9 +251,18 @@ class Recorder:
     def _where(self) -> str:
         return self.calls[self._stack[-1]].name if self._stack else ""
 
-    def operation(self, func: Any, args: Any, kwargs: Any, found: list[StandIn]) -> Any:
+    def hook(self, hook: HookOperation, module: nn.Module, given: Any, found: Any) -> Any:
+        """Run a hook on real values, and write down that it must always be run."""
+        run = partial(hook.on_values, module)
+        return self.operation(_Named(hook, run), (given,), {}, found, always=True)
+
+    def operation(
+        self, func: Any, args: Any, kwargs: Any, found: list[StandIn], *, always: bool = False
+    ) -> Any:
         """Run an operation on the values, and write down what it is."""
         taint = self._taint
+        if func in WANTS_GRAD and type(args[0]) is StandIn:
+            return self._want_grad(func, args, kwargs)
         taint.streams.look()
         taint.dynamic, taint.why = False, None
         found = [s for s in found if not s.node.live]
@@ -207,7 +277,7 @@ class Recorder:
             weighted=any(isinstance(t, nn.Parameter) for t in tensors_of((args, kwargs))),
         )
         self.entries.append(entry)
-        real_args, real_kwargs = with_values(args), with_values(kwargs)
+        real_args, real_kwargs = _all_real(args), _all_real(kwargs)
         versions = [version_of(s.node.real()) for s in found]
         plain = [t for t in tensors_of((args, kwargs)) if type(t) is not StandIn]
         plain_versions = [version_of(t) for t in plain]
@@ -227,8 +297,8 @@ class Recorder:
                 if s.node.value is not None and s.node.value.requires_grad:
                     s.node = Node(-1, self, s.node.value)
             return result
-        if taint.dynamic:
-            entry.verdict = Verdict.EAGER if tensors else Verdict.LOOK
+        if taint.dynamic or always:
+            entry.verdict = Verdict.EAGER if tensors or changed else Verdict.LOOK
         elif not tensors and not changed:
             entry.verdict = Verdict.LOOK
         return self._wrap(entry, result, found, changed)
@@ -248,10 +318,30 @@ class Recorder:
                 leaves.append(found[place])
             else:
                 made = self._new(leaf)
+                made.node.grad = self._passes_grad(made, found)
                 outs.append(Out(node=made.node.id))
                 leaves.append(made)
         entry.outs, entry.build = tuple(outs), _rebuilt(result, parts)
         return parts.build(leaves) if parts.items else result
+
+    def _passes_grad(self, made: StandIn, found: Sequence[StandIn]) -> bool:
+        asked = any(s.node.grad for s in found) and torch.is_grad_enabled()
+        if asked and made.dtype.is_floating_point:
+            self.grads.add(made.node.id)
+            return True
+        return False
+
+    def _want_grad(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The model asks for a gradient of a frozen value; nothing that trains depends on it."""
+        node = args[0].node
+        wanted = (*args[1:], *kwargs.values(), True)[0]
+        self.entries.append(
+            Entry(func, Verdict.GRAD, (node.id,), (wanted,), where=self._where,
+                  calls=tuple(self._stack))
+        )  # fmt: skip
+        node.grad = bool(wanted)
+        self.grads.add(node.id)
+        return None if func == SET_GRAD else args[0]
 
     def _rebind(self, found: Sequence[StandIn], place: int) -> tuple[int, int]:
         fresh = self._new(found[place].node.real()).node
@@ -381,6 +471,24 @@ class Recorder:
         )
 
 
+class _Named:
+    """A call that counts as the same operation as its name."""
+
+    def __init__(self, name: Any, run: Callable[..., Any]) -> None:
+        self.name, self.__name__ = name, name.__name__
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return self._run(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Named) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
 class Scripted:
     """The forward of a TorchScript module, which knows no stand-ins, as an operation.
 
@@ -430,10 +538,17 @@ class _Follower:
         self._at = 0
         self._counts: dict[str, int] = {}
 
+    def hook(self, hook: HookOperation, module: nn.Module, given: Any, found: Any) -> Any:
+        """Run a hook on real values."""
+        return self.operation(_Named(hook, partial(hook.on_values, module)), (given,), {}, found)
+
     def operation(self, func: Any, args: Any, kwargs: Any, found: list[StandIn]) -> Any:
         """Run or skip an operation, as the script says."""
         found = [s for s in found if not s.node.live]
         entry = self._next(func, found)
+        if entry.verdict is Verdict.GRAD:
+            found[0].node.grad = bool((*args[1:], *kwargs.values(), True)[0])
+            return None if func == SET_GRAD else args[0]
         if not entry.varying and not same_constants(entry.constants, _constants(args, kwargs)):
             raise self._diverged(entry, "with other settings than recorded")
         return self._operate(entry, func, args, kwargs, found)
@@ -486,12 +601,15 @@ class _Follower:
 
     def _live(self, func: Any, args: Any, kwargs: Any, found: Sequence[StandIn]) -> Any:
         """Run on real values; stand-ins that it writes into leave the frozen region."""
+        for s in found:
+            if s.node.grad and not s.node.real().requires_grad:
+                s.node.real().requires_grad_()
         real_args, real_kwargs = with_values(args), with_values(kwargs)
         versions = [version_of(s.node.real()) for s in found]
         result = func(*real_args, **real_kwargs)
         for s, version in zip(found, versions, strict=True):
             value = s.node.real()
-            if version_of(value) != version or value.requires_grad:
+            if version_of(value) != version or (value.requires_grad and not s.node.grad):
                 s.node = Node(-1, s.node.session, value)
         return result
 
@@ -528,7 +646,9 @@ class Filler(_Follower):
         spec = self.specs[number] = Spec.of(tensor)
         if number in self._wanted:
             self.kept[number] = tensor.detach().clone()
-        return stand_in(Node(number, self, tensor), spec.meta(), tensor.device)
+        node = Node(number, self, tensor)
+        node.grad = number in self._script.grads
+        return stand_in(node, spec.meta(), tensor.device)
 
     def _operate(
         self, entry: Entry, func: Any, args: Any, kwargs: Any, found: list[StandIn]
@@ -604,7 +724,7 @@ class Replayer(_Follower):
 
     def _new(self, number: int, get: Callable[[], Tensor] | None) -> StandIn:
         meta, place = self._look(number)
-        return stand_in(Node(number, self, get=get), meta, place)
+        return stand_in(self._graded(Node(number, self, get=get)), meta, place)
 
     def _operate(
         self, entry: Entry, func: Any, args: Any, kwargs: Any, found: list[StandIn]
@@ -612,7 +732,7 @@ class Replayer(_Follower):
         if entry.verdict is Verdict.LIVE:
             return self._live(func, args, kwargs, found)
         if entry.verdict is Verdict.LOOK:
-            return func(*with_values(args), **with_values(kwargs))
+            return func(*_all_real(args), **_all_real(kwargs))
         if entry.verdict is Verdict.EAGER:
             return self._eager(entry, func, args, kwargs, found)
         recipe = None
@@ -621,15 +741,21 @@ class Replayer(_Follower):
         return self._results(entry, found, recipe)
 
     def _eager(self, entry: Entry, func: Any, args: Any, kwargs: Any, found: list[StandIn]) -> Any:
-        result = func(*with_values(args), **with_values(kwargs))
+        result = func(*_all_real(args), **_all_real(kwargs))
+        for place, number in entry.rebinds:
+            found[place].node = self._graded(Node(number, self, found[place].node.real()))
         leaves: list[Any] = []
         for out, leaf in zip(entry.outs, leaves_of(result).items, strict=True):
-            if out.node < 0:
-                leaves.append(leaf)
-            else:
-                node = Node(out.node, self, leaf)
+            if out.node >= 0:
+                node = self._graded(Node(out.node, self, leaf))
                 leaves.append(stand_in(node, Spec.of(leaf).meta(), leaf.device))
-        return entry.build(leaves)
+            else:
+                leaves.append(found[out.argument] if out.argument >= 0 else leaf)
+        return entry.build(leaves) if entry.outs else result
+
+    def _graded(self, node: Node) -> Node:
+        node.grad = node.id in self._script.grads
+        return node
 
     def _skip(
         self, entry: Entry, original: Forward, args: Any, kwargs: Any, ins: list[StandIn]
@@ -639,7 +765,7 @@ class Replayer(_Follower):
     def _results(self, entry: Entry, found: Sequence[StandIn], recipe: _Recipe | None) -> Any:
         for place, number in entry.rebinds:
             get = self._get(number) or (recipe and recipe.written(place))
-            found[place].node = Node(number, self, get=get or None)
+            found[place].node = self._graded(Node(number, self, get=get or None))
         leaves: list[Any] = []
         for i, out in enumerate(entry.outs):
             if out.node >= 0:

@@ -40,9 +40,10 @@ class Node:
         value: the real tensor, once it is known.
         get: computes it.
         version: autograd's version counter of `value` when the node was made.
+        grad: whether the model's own code asked for a gradient of this value, which trains nothing.
     """
 
-    __slots__ = ("get", "id", "session", "value", "version")
+    __slots__ = ("get", "grad", "id", "session", "value", "version")
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Node:
         self.session = session
         self.value = value
         self.get = get
+        self.grad = False
         self.version = 0 if value is None else version_of(value)
 
     def real(self) -> Tensor:
@@ -145,6 +147,12 @@ def with_values(value: Any) -> Any:
 
 def version_of(tensor: Tensor) -> int:
     """How often the tensor's memory was written to, as autograd counts it."""
+    if tensor.is_inference():
+        raise FrontierError(
+            "follow writes to a tensor",
+            found="one made in inference mode, which counts none",
+            fix="torch.no_grad() instead of torch.inference_mode() inside the model",
+        )
     # The counter has no public accessor; autograd's documentation names this attribute.
     return tensor._version  # noqa: SLF001
 
@@ -159,9 +167,10 @@ def _ask_meta(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _ask_real(func: Any, args: Any, kwargs: Any) -> Any:
     """What depends on the real tensor, where it has left the frozen region."""
-    if args[0].node.live:
-        return func(args[0].node.real(), *args[1:], **kwargs)
-    return _FROZEN[func]
+    node = args[0].node
+    if node.live:
+        return func(node.real(), *args[1:], **kwargs)
+    return node.grad if func == _REQUIRES_GRAD else _FROZEN[func]
 
 
 def _device(func: Any, args: Any, kwargs: Any) -> torch.device:
@@ -189,8 +198,9 @@ def _getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
+_REQUIRES_GRAD = _getter("requires_grad")
 _FROZEN: dict[Any, Any] = {
-    _getter("requires_grad"): False,
+    _REQUIRES_GRAD: False,
     _getter("is_leaf"): True,
     _getter("grad_fn"): None,
     _getter("grad"): None,

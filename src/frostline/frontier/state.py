@@ -6,13 +6,16 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from frostline.frontier.standin import StandIn, version_of
 
-__all__ = ["Settings", "foreign_hooks", "state_of"]
+__all__ = ["Settings", "foreign_hooks", "hook_tables", "is_foreign", "state_of"]
 
-_DEPTH = 4
+#: How deep changes are looked for; a cache of keys and values is five levels down.
+_DEPTH = 7
+_DEPTH_OF_MODULES = 4
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), type, slice, range)
 #: Our own override, the switch of hooks, and autograd's own bookkeeping.
 _OURS = frozenset({"forward", "_is_hf_initialized"})
@@ -43,7 +46,7 @@ def state_of(value: Any, *, depth: int = _DEPTH) -> Any:
     if depth == 0:
         return id(value)
     if isinstance(value, nn.Module):
-        return _of_module(value, depth)
+        return _of_module(value, min(depth, _DEPTH_OF_MODULES))
     if isinstance(value, Mapping):
         return tuple((str(k), state_of(v, depth=depth - 1)) for k, v in value.items())
     if isinstance(value, (list, tuple, deque)):
@@ -73,17 +76,26 @@ def foreign_hooks(module: nn.Module) -> str | None:
     Hooks may change values or read them, so a module that has one is run, not skipped.
     """
     for inner in module.modules():
-        for hook in _hooks_of(inner):
-            home = getattr(hook, "__module__", None) or type(hook).__module__
-            if not str(home).startswith(_HARMLESS):
-                return getattr(hook, "__qualname__", type(hook).__name__)
+        for table in hook_tables(inner):
+            for hook in table.values():
+                if is_foreign(hook):
+                    return getattr(hook, "__qualname__", type(hook).__name__)
     return None
 
 
-def _hooks_of(module: nn.Module) -> Iterator[Any]:
-    # PyTorch offers no way to list hooks; these dictionaries are what `__call__` walks through.
+def is_foreign(hook: Any) -> bool:
+    """Whether a hook is the user's, which may read values, change them or keep them."""
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return not str(home).startswith(_HARMLESS)
+
+
+def hook_tables(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """The forward hooks of one module: dictionaries that its `__call__` walks through."""
+    # PyTorch offers no way to list hooks.
     for table in _HOOKS:
-        yield from vars(module).get(table, {}).values()
+        found = vars(module).get(table)
+        if isinstance(found, dict):
+            yield found
 
 
 class Settings:
@@ -110,6 +122,7 @@ class Settings:
         self._seen += [
             (table, key, value, f"{name}.{key}" if name else key)
             for name, module in modules.items()
+            if not isinstance(module, torch.jit.ScriptModule)  # its tables are no mappings
             for table in _tables(module)
             for key, value in table.items()
         ]

@@ -12,12 +12,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["Leaves", "leaves_of", "map_leaves", "tensors_of"]
 
 #: What is no container and no tensor, however many attributes it has.
-_ATOMS = (int, float, complex, bool, str, bytes, type(None), type, slice)
+_ATOMS = (int, float, complex, bool, str, bytes, type(None), type, slice, torch.Size)
 
 
 def map_leaves(value: Any, change: Callable[[Any], Any], *, objects: bool = False) -> Any:
@@ -96,7 +97,12 @@ def leaves_of(value: Any) -> Leaves:
         ((1, 2), (3, [4]))
     """
     items: list[Any] = []
-    map_leaves(value, items.append, objects=True)
+
+    def take(leaf: Any) -> Any:
+        items.append(leaf)
+        return leaf
+
+    map_leaves(value, take, objects=True)
 
     def build(others: Any) -> Any:
         waiting = iter(others)

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from frostline.backends.torch.tracing import tensors_in
+from frostline.frontier.standin import StandIn
 
-__all__ = ["Looks", "Streams", "Taint"]
+__all__ = ["KeptWrites", "Looks", "Streams", "Taint"]
 
 _LIFT = torch.ops.aten.lift_fresh.default
 _DYNAMIC = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -154,6 +155,28 @@ class Taint(TorchDispatchMode):
             self.written.add(name)
 
 
+class KeptWrites(TorchDispatchMode):
+    """Saves parameters before they are written to, while the model runs for the first time.
+
+    Args:
+        model: whose parameters.
+        keep: called with one before an operation writes to it.
+    """
+
+    def __init__(self, model: nn.Module, keep: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._keep = keep
+        self._owners = {_memory(p): p for p in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Save what the operation writes to, and run it."""
+        kwargs = kwargs or {}
+        for tensor in _written(func, args, kwargs):
+            if (owner := self._owners.get(_memory(tensor))) is not None:
+                self._keep(owner)
+        return func(*args, **kwargs)
+
+
 class Looks(TorchFunctionMode):
     """Notices when code takes the value of a live tensor out of PyTorch."""
 
@@ -163,7 +186,7 @@ class Looks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the look, and pass the call on."""
-        if func in _WAYS_OUT and type(args[0]) is Tensor and self._taint.is_live(args[0]):
+        if func in _WAYS_OUT and type(args[0]) is not StandIn and self._taint.is_live(args[0]):
             self._taint.looked = True
         return func(*args, **(kwargs or {}))
 
@@ -219,9 +242,11 @@ def _numpy_state() -> tuple[bytes, int]:
 
 def _memory(tensor: Tensor) -> int:
     """The address of a tensor's memory; 0 where it has none of its own."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        return 0
-    return tensor.untyped_storage().data_ptr()
+    # Without the modes: they would take this for the model's own look at the tensor.
+    with torch._C.DisableTorchFunction():  # noqa: SLF001  no public name
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            return 0
+        return tensor.untyped_storage().data_ptr()
 
 
 def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:

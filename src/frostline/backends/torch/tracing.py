@@ -396,6 +396,7 @@ def _saved_attributes(module: nn.Module) -> Callable[[], None]:
     attributes = vars(module)
     before = dict(attributes)
     contents = [(value, value.copy()) for value in before.values() if type(value) in _CONTAINERS]
+    generators = [undo for value in before.values() if (undo := _saved_generator(value))]
 
     def restore() -> None:
         if module.training != training:
@@ -405,8 +406,24 @@ def _saved_attributes(module: nn.Module) -> Callable[[], None]:
             attributes.update(before)
         for container, items in contents:
             _refill(container, items)
+        for undo in generators:
+            undo()
 
     return restore
+
+
+def _saved_generator(value: Any) -> Callable[[], Any] | None:
+    """Undo for draws from a generator that a module keeps for itself."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, np.random.Generator):
+        numpy = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", numpy)
+    if isinstance(value, random.Random):
+        python = value.getstate()
+        return lambda: value.setstate(python)
+    return None
 
 
 def _refill(container: Any, items: Any) -> None:
