@@ -195,7 +195,7 @@ def test_batches_and_generators_are_those_of_the_loader(order, load):
 @pytest.mark.parametrize(
     "order", ["shuffled", "draws all the time", "batches of its own", "batches drawn at once"]
 )
-@pytest.mark.parametrize("load", ["none", "lazy", "all", "mixed"])
+@pytest.mark.parametrize("load", ["none", "all", "mixed"])
 @pytest.mark.parametrize(
     "workers",
     [{}, {"persistent_workers": True}, {"prefetch_factor": 3}],
@@ -376,6 +376,17 @@ def test_random_transforms_do_not_move_the_generators(load, workers):
     ours = _feed_epochs(feed, 2, load)
     assert [s[1] for s in plain if len(s) == 2] == [s[1] for s in ours if len(s) == 2]
     assert plain[-1] == ours[-1]
+
+
+@pytest.mark.slow  # a new Python in each worker
+def test_workers_that_start_afresh_make_the_same_views():
+    loader = DataLoader(
+        Noisy(), batch_size=32, num_workers=1, multiprocessing_context="spawn", shuffle=True
+    )
+    feed = Feed(loader, views=Views(2))
+    ((_, (values, _)),) = feed.blocks([0], 1)
+    assert torch.equal(values, feed.load(range(32), [1] * 32)[0])
+    feed.close()
 
 
 def test_random_transforms_need_views():

@@ -44,6 +44,8 @@ __all__ = ["BLOCK", "Feed", "SampleChanged", "Ticket"]
 BLOCK = 32
 #: Samples loaded at the start to see whether their content is random.
 _PROBES = 8
+#: How many of them are also collated alone, to see whether that is random.
+_COLLATED_PROBES = 2
 Digests = NDArray[np.uint64]
 Load = Literal["lazy", "all"]
 
@@ -460,7 +462,8 @@ class Feed:
         workers = min(self.loader.num_workers, 1) if self.loader.worker_init_fn else 0
         data = Probed(self.loader.dataset, self.loader.collate_fn)
         found = Twin(self.loader, data, _as_it_is, workers=workers, persistent=False)
-        return [finding for (finding,) in quiet(found.load([[i] for i in indices]))]
+        asked = [[(i, n < _COLLATED_PROBES)] for n, i in enumerate(indices)]
+        return [finding for (finding,) in quiet(found.load(asked))]
 
     def _require_function(self, findings: list[Findings]) -> None:
         self._content = [f"{f.digest:016x}" for f in findings]

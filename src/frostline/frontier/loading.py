@@ -246,20 +246,24 @@ class Findings:
 
 
 class Probed(_Around):
-    """The user's data set, loading each sample three times and telling what differed."""
+    """The user's data set, loading each sample three times and telling what differed.
+
+    Keys are (key, whether to look at the collate function too).
+    """
 
     def __init__(self, data: Any, collate: Callable[[Any], Any]) -> None:
         super().__init__(data)
         vars(self)["collate"] = collate
 
-    def __getitem__(self, key: Any) -> Findings:
-        data = vars(self)["data"]
+    def __getitem__(self, asked: tuple[Any, bool]) -> Findings:
+        data, (key, collated) = vars(self)["data"], asked
         one, drew = _watched(11, lambda: content_digest(fetch(data, key)))
         again, _ = _watched(11, lambda: content_digest(fetch(data, key)))
         other, _ = _watched(12, lambda: content_digest(fetch(data, key)))
-        return Findings(one, one != again, drew or one != other, self._collates_at_random(key))
+        by_batch = collated and self._collates_at_random(key)
+        return Findings(one, one != again, drew or one != other, by_batch)
 
-    def __getitems__(self, keys: Sequence[Any]) -> list[Findings]:
+    def __getitems__(self, keys: Sequence[tuple[Any, bool]]) -> list[Findings]:
         return [self[key] for key in keys]
 
     def _collates_at_random(self, key: Any) -> bool:
