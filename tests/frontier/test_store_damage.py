@@ -29,7 +29,9 @@ SEGMENT_BYTES = 1000
 
 
 @pytest.fixture(autouse=True)
-def _quick_disk() -> Iterator[None]:
+def _from_a_quick_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is flushed, and nothing is kept in memory: every read goes to the files."""
+    monkeypatch.setattr(segments, "KEPT_BYTES", 0)
     with use_disk(QuickDisk()):
         yield
 
@@ -116,7 +118,7 @@ def flip_bits(folder: Path, step: int) -> int:
 
 
 def test_no_flipped_bit_is_believed(tmp_path: Path):
-    assert flip_bits(tmp_path / "s", 13) > 1500
+    assert flip_bits(tmp_path / "s", 37) > 500
 
 
 @pytest.mark.slow
@@ -439,7 +441,10 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-def run_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options) -> None:
+def run_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int, **options
+) -> None:
+    monkeypatch.setattr(segments, "KEPT_BYTES", kept_bytes)
     monkeypatch.setenv("FROSTLINE_TEST_FOLDER", str(tmp_path))
     monkeypatch.setattr(segments, "SEGMENT_BYTES", SEGMENT_BYTES)  # several segments
     case = StoreMachine.TestCase()
@@ -447,10 +452,33 @@ def run_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options) -> N
     case.runTest()
 
 
-def test_the_store_is_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run_machine(tmp_path, monkeypatch, max_examples=20, stateful_step_count=15)
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
+def test_the_store_is_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int):
+    run_machine(tmp_path, monkeypatch, kept_bytes, max_examples=15, stateful_step_count=15)
 
 
 @pytest.mark.slow
 def test_the_store_is_its_model_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run_machine(tmp_path, monkeypatch, max_examples=2000, stateful_step_count=50)
+    run_machine(tmp_path, monkeypatch, 0, max_examples=1000, stateful_step_count=40)
+    run_machine(tmp_path, monkeypatch, 1 << 20, max_examples=1000, stateful_step_count=40)
+
+
+def test_what_is_kept_in_memory_is_right_and_can_be_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(segments, "KEPT_BYTES", 1 << 20)
+    fill(tmp_path)
+    path = tmp_path / "000-00-000000.rows"
+    data = bytearray(path.read_bytes())
+    data[12 * 7] ^= 1
+    path.write_bytes(data)
+    store = opened(tmp_path)
+    assert believed(store) == set(range(ROWS)) - {7}  # what is damaged is not kept
+    assert believed(store) == set(range(ROWS)) - {7}
+    data[12 * 8] ^= 1
+    path.write_bytes(data)
+    assert believed(store) == set(range(ROWS)) - {7}  # row 8 was read before
+    assert store.verify().damaged == (7, 8)  # looks at the disk
+    assert believed(store) == set(range(ROWS)) - {7, 8}
+    store.write(0, block(0))
+    assert believed(store) == set(range(ROWS))

@@ -121,3 +121,11 @@ def test_a_loud_channel_leaves_the_others_alone():
     out = there_and_back(Column("x", "float32", "int8"), values)
     quiet = [0, 1, 3, 4, 5]
     assert np.abs(out - values)[:, :, quiet].max() < 0.02
+
+
+@pytest.mark.parametrize("tail", [(), (3,), (384,), (2, 5)])
+@pytest.mark.parametrize("encoding", ["exact", "bfloat16", "int8"])
+def test_longer_rows_never_take_fewer_bytes(tail: tuple[int, ...], encoding):
+    column = Column("t", "float32", encoding, ragged=True)
+    sizes = [Codec(column, (length, *tail)).row_bytes for length in range(40)]
+    assert sizes == sorted(sizes)  # blocks are spaced for the longest that may lie there

@@ -13,7 +13,7 @@ import errno
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,8 +31,14 @@ __all__ = ["BLOCK_ROWS", "BoolArray", "IntArray", "Table"]
 BLOCK_ROWS = 32
 #: The most one file holds, unless a single block is larger.
 SEGMENT_BYTES = 1 << 30
+#: A column of no more than this on disk is kept in memory row by row as it is read.
+KEPT_BYTES = 64 << 20
 #: Checksums are fetched this many at a time.
 _PAGE_ROWS = 512
+#: Rows side by side are read in pieces of about this size, which stay in the processor's cache.
+_RUN_BYTES = 1 << 18
+#: Odd, so that different numbers and lengths give different seeds.
+_ROW, _LENGTH = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03)
 
 IntArray: TypeAlias = NDArray[np.integer[Any]]
 BoolArray: TypeAlias = NDArray[np.bool_]
@@ -57,6 +63,10 @@ class Table:
         self._folder, self._name, self._rows = folder, f"{number:03d}", rows
         self._seed = np.uint64(seed)
         self._files = _Files(folder)
+        # Rows of a small column that were read once, and are right: no need to read them again.
+        small = not column.ragged and rows * self._codec(0).row_bytes <= KEPT_BYTES
+        self._kept = np.empty((rows, self._codec(0).row_bytes if small else 0), np.uint8)
+        self._is_kept = np.zeros(rows if small else 0, np.bool_)
         self._sums = np.zeros(rows, np.uint64)
         self._lengths = np.zeros(rows if column.ragged else 0, np.uint32)
         self._entry = np.dtype([("sum", "<u8")] + [("length", "<u8")] * column.ragged)
@@ -88,15 +98,12 @@ class Table:
 
     def _seeds(self, rows: IntArray, lengths: IntArray | int) -> NDArray[np.uint64]:
         """One per row: the same bytes under another number or length have another checksum."""
-        lengths = np.asarray(lengths).astype(np.uint64)
-        return _mix(self._seed + _mix(rows.astype(np.uint64)) + lengths)
-
-    def _checksums(self, data: memoryview, size: int, seeds: NDArray[np.uint64]) -> list[int]:
-        digest = xxhash.xxh3_64_intdigest
-        return [
-            digest(data[i * size : (i + 1) * size], seed=seed) or 1  # 0 says absent
-            for i, seed in enumerate(seeds.tolist())
-        ]
+        numbers = rows.astype(np.uint64)
+        numbers *= _ROW
+        numbers += self._seed
+        if self.column.ragged:
+            numbers += np.asarray(lengths).astype(np.uint64) * _LENGTH
+        return numbers
 
     def present(self, rows: IntArray) -> BoolArray:
         """Which rows have a checksum; whether it matches is known when they are read."""
@@ -153,7 +160,8 @@ class Table:
             _io.disk.allocate(file, offset, data.nbytes)
             _write_all(file, data, offset)
         entries = np.zeros(len(raw), self._entry)
-        entries["sum"] = self._checksums(data, raw.shape[1], self._seeds(rows, length))
+        seeds = self._seeds(rows, length).tolist()
+        entries["sum"] = _checksums(data, raw.shape[1], seeds)
         if self.column.ragged:
             entries["length"] = self._sealed(rows, np.full(len(rows), length, np.uint64))
         file = self._files.writable(f"{self._name}.sums")
@@ -167,13 +175,16 @@ class Table:
 
         Rows that are not wanted or cannot be believed are zero.
         """
-        lengths = self.lengths(rows)
         out = np.empty((len(rows), *self.codec(length).shape), self.column.numpy)
-        good = wanted & self.present(rows)
-        for size in np.unique(lengths[good]).tolist():
-            chosen = good & (lengths == size)
-            self._read_equal(rows, chosen, size, out, good)
-        out[~good] = 0
+        good = wanted.copy()
+        if not self.column.ragged:
+            self._read_equal(rows, wanted, 0, out, good)
+        else:
+            lengths = self.lengths(rows)
+            for size in np.unique(lengths[wanted]).tolist():
+                self._read_equal(rows, wanted & (lengths == size), size, out, good)
+        if not good.all():
+            out[~good] = 0
         return out, good
 
     def _read_equal(
@@ -183,6 +194,8 @@ class Table:
         codec = self.codec(length)
         straight = self.column.kept == "exact" and codec.shape == out.shape[1:]
         where = np.flatnonzero(chosen)
+        if not len(where):
+            return
         whole = straight and len(where) == len(rows)
         raw = np.empty((len(where), codec.row_bytes), np.uint8)
         if whole:
@@ -206,25 +219,41 @@ class Table:
 
     def _pull(self, rows: IntArray, length: int, raw: NDArray[np.uint8]) -> BoolArray:
         """Fill `raw` with the bytes of these rows; whether each has its checksum."""
-        flat, fine = _bytes_of(raw), np.ones(len(rows), np.bool_)
+        if not len(self._is_kept):
+            return self._load(rows, length, raw)
+        if self._is_kept[rows].all():
+            np.take(self._kept, rows, axis=0, out=raw)
+            return np.ones(len(rows), np.bool_)
+        fine = self._load(rows, length, raw)
+        self._kept[rows[fine]] = raw[fine]
+        self._is_kept[rows[fine]] = True
+        return fine
+
+    def _load(self, rows: IntArray, length: int, raw: NDArray[np.uint8]) -> BoolArray:
+        """`_pull` from disk."""
         places = self._places(rows, length)
-        size = places.size
-        runs = list(places.runs()) if size else []
-        files = [self._files.readable(places.name(segment)) for _, _, segment, _ in runs]
+        seeds = self._seeds(rows, length).tolist()
+        flat, size, sums = _bytes_of(raw), places.size, [0] * len(rows)
+        runs = [
+            (self._files.readable(places.name(segment)), start, stop, offset)
+            for start, stop, segment, offset in places.runs()
+        ]
         if len(runs) > 1:
-            _announce(files, [(offset, (stop - start) * size) for start, stop, _, offset in runs])
-        for file, (start, stop, _, offset) in zip(files, runs, strict=True):
+            _announce((file, offset, (stop - start) * size) for file, start, stop, offset in runs)
+        for file, start, stop, offset in runs:
             part = flat[start * size : stop * size]
-            got = 0 if file is None else _read_all(file, part, offset)
-            if got < len(part):
-                fine[start + got // size : stop] = False
-        seeds = self._seeds(rows, length)
-        found = np.array(self._checksums(flat, size, seeds), np.uint64)
-        return fine & (found == self._sums[rows])
+            got = _read_all(file, part, offset)
+            whole = stop if got == len(part) else start + got // size
+            # Right after the copy, while it is still near the processor.
+            sums[start:whole] = _checksums(part, size, seeds[start:whole])
+        found = np.array(sums, np.uint64)
+        return (found == self._sums[rows]) & (found != 0)
 
     def forget(self, rows: IntArray) -> None:
         """Drop what is remembered of these rows: the next look goes to the disk."""
         self._sums[rows] = 0
+        if len(self._is_kept):
+            self._is_kept[rows] = False
 
     def close(self) -> None:
         """Close all files."""
@@ -245,12 +274,18 @@ class _Places:
 
     def runs(self) -> Iterator[tuple[int, int, int, int]]:
         """Start, stop, segment and offset of stretches that lie side by side, in this order."""
-        breaks = np.diff(self.offsets) != self.size
-        breaks |= np.diff(self.segments) != 0
-        starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-        stops = np.append(starts[1:], len(self.offsets))
-        chosen = (starts, stops, self.segments[starts], self.offsets[starts])
-        return zip(*(numbers.tolist() for numbers in chosen), strict=True)
+        segments, offsets = self.segments.tolist(), self.offsets.tolist()
+        most, start = max(1, _RUN_BYTES // max(1, self.size)), 0
+        for i in range(1, len(offsets) + 1):
+            if (
+                i < len(offsets)
+                and offsets[i] == offsets[i - 1] + self.size
+                and segments[i] == segments[i - 1]
+                and i - start < most
+            ):
+                continue
+            yield start, i, segments[start], offsets[start]
+            start = i
 
 
 class _Files:
@@ -312,21 +347,32 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _announce(files: Sequence[int | None], ranges: Sequence[tuple[int, int]]) -> None:
+def _checksums(data: memoryview, size: int, seeds: Sequence[int]) -> list[int]:
+    digest = xxhash.xxh3_64_intdigest
+    if len(seeds) == 1:
+        return [digest(data[:size], seeds[0]) or 1]
+    rows = range(0, len(seeds) * size, size) if size else [0] * len(seeds)
+    # 0 says absent.
+    return [digest(data[i : i + size], seed) or 1 for i, seed in zip(rows, seeds, strict=True)]
+
+
+def _announce(ranges: Iterable[tuple[int | None, int, int]]) -> None:
     """Let the disk fetch many ranges at once rather than one after another.
 
     From a cold disk this makes a batch arrive two to five times sooner (benchmarks/store_reads.py);
     what is in memory already costs a fraction of a microsecond more.
     """
     if hasattr(os, "posix_fadvise"):
-        for file, (offset, size) in zip(files, ranges, strict=True):
-            if file is not None:
+        for file, offset, size in ranges:
+            if file is not None and size:
                 os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
 
 
-def _read_all(file: int, part: memoryview, offset: int) -> int:
+def _read_all(file: int | None, part: memoryview, offset: int) -> int:
     """Bytes read into `part`: fewer than asked for where the file ends or the disk fails."""
     done = 0
+    if file is None:
+        return done
     try:
         while done < len(part):
             got = os.preadv(file, [part[done:]], offset + done)
