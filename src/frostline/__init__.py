@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from frostline.backends.torch.grouping import layer_groups
     from frostline.backends.torch.measure import measure_costs
     from frostline.backends.torch.optimizer import parameter_groups
+    from frostline.frontier.cache import FrontierCache
     from frostline.tasks.run import Run, fit, load
 
 _LAZY = {
+    "FrontierCache": "frostline.frontier.cache",
     "Run": "frostline.tasks.run",
     "fit": "frostline.tasks.run",
     "freeze": "frostline.backends.torch.freeze",
@@ -48,6 +50,7 @@ __all__ = [
     "Duration",
     "Event",
     "FreezePlan",
+    "FrontierCache",
     "FrostlineError",
     "GroupCost",
     "LayerGroup",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from frostline.errors import FrontierError, StorageError
 from frostline.frontier.arrays import to_numpy, to_torch
 from frostline.frontier.encodings import Encoding
 from frostline.frontier.finding import batch_size, close, rows_of
+from frostline.frontier.key import unknown
 from frostline.frontier.library import Library
 from frostline.frontier.parts import region_key
 from frostline.frontier.region import Region, ReplayDiverged, Slot, find_region
@@ -37,7 +38,13 @@ from frostline.frontier.standin import Node, StandIn, stand_in, with_values
 from frostline.frontier.store import Column, Store
 from frostline.frontier.structure import leaves_of, map_leaves, tensors_of
 
-__all__ = ["BLOCK", "Batch", "CacheReport", "FrontierCache", "Source"]
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from frostline.frontier.loader import CachedLoader
+    from frostline.frontier.views import Views
+
+__all__ = ["BLOCK", "Batch", "CacheReport", "FrontierCache", "ShapesVary", "Source"]
 
 _log = logging.getLogger("frostline")
 _flag = attrgetter("requires_grad")
@@ -52,6 +59,10 @@ CHECKED_FIRST = 2
 CHECKED_EVERY = 200
 #: Divergences in a row after which a region is given up.
 PATIENCE = 5
+
+
+class ShapesVary(FrontierError):
+    """A source has found out that its samples are not of one shape: `fixed` is False from now."""
 
 
 class Source(Protocol):
@@ -70,9 +81,13 @@ class Source(Protocol):
     name: str
     samples: int
     views: int
-    fixed: bool
     data: Any
     preparation: Any
+
+    @property
+    def fixed(self) -> bool:
+        """See above; may turn False, see `ShapesVary`."""
+        ...
 
     def load(self, indices: Sequence[int], views: Sequence[int]) -> Example:
         """The model's arguments for these samples, collated."""
@@ -151,6 +166,7 @@ class Batch:
         self.views = np.asarray(views, np.int64)
         self.first = first
         self.open = True
+        self.served = False
         self._device = torch.device(device)
         self._example = example
 
@@ -197,6 +213,15 @@ class Batch:
 
         args, kwargs = map_leaves((shaped.args, dict(shaped.kwargs)), wrap, objects=True)
         return Example(args, kwargs)
+
+    def called(self, args: Any, kwargs: Any, leaves: Sequence[Tensor]) -> Batch | None:
+        """This batch, if a model is called with all of its tensors in their order, unchanged."""
+        del args, kwargs
+        ours = all(
+            type(leaf) is StandIn and leaf.node.session is self and leaf.node.id == place
+            for place, leaf in enumerate(leaves)
+        )
+        return self if ours else None
 
     def operation(self, func: Any, args: Any, kwargs: Any, found: list[StandIn]) -> Any:
         """An operation on an argument: moving it changes nothing, all else takes real values."""
@@ -311,6 +336,12 @@ class FrontierCache:
         self._strict = strict
         self._trained: frozenset[str] = frozenset()
         self._intact = True
+        if isinstance(model, nn.DataParallel):
+            raise FrontierError(
+                "cache the frozen region of a DataParallel model",
+                found="threads that share one model",
+                fix="DistributedDataParallel, one process per device",
+            )
         self._root = unwrapped(model)
         self._library = Library() if library is None else library
         self._encoding: Encoding = encoding
@@ -322,11 +353,49 @@ class FrontierCache:
         self._uses: dict[str, list[_Use]] = {}
         self._active: dict[str, tuple[Any, _Use | None]] = {}
         self._looks: dict[str, Example] = {}
+        self._loaders: list[CachedLoader] = []
         self._attached = False
         self._before: Callable[..., Any] | None = None
         self.report = CacheReport()
 
     # -- attaching ---------------------------------------------------------------------------
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model's forward pass goes through the cache."""
+        return self._attached
+
+    def loader(
+        self,
+        loader: DataLoader[Any],
+        *,
+        name: str | None = None,
+        views: Views | int = 1,
+        identity: Any = None,
+        stable_order: bool = False,
+        samples: int | None = None,
+    ) -> CachedLoader:
+        """Attach, and wrap a loader so that its batches are known: for loops of your own.
+
+        Args:
+            loader: of the batches that the model is trained or evaluated on.
+            name: of its samples; None: counted, so keep the order of these calls between runs.
+            views: how many views of each sample are stored, for random transforms.
+            identity: your own name or version of the data; None: it is looked at.
+            stable_order: your promise that a stream gives the same samples in the same order.
+            samples: of a stream, in an epoch.
+
+        Raises:
+            FrontierError: samples that cannot be told apart or stored, see `Feed`.
+        """
+        from frostline.frontier.loader import CachedLoader  # noqa: PLC0415  it imports this module
+
+        name = name or f"loader {len(self._loaders) + 1}"
+        made = CachedLoader(self, loader, name=name, views=views, identity=identity,
+                            stable_order=stable_order, samples=samples)  # fmt: skip
+        self._loaders.append(made)
+        self.attach()
+        return made
 
     def attach(self) -> None:
         """From now on the model's forward pass goes through the cache."""
@@ -342,6 +411,8 @@ class FrontierCache:
             if self._before is not None:
                 vars(self._root)["forward"] = self._before
             self._attached = False
+        for loader in self._loaders:
+            loader.close()
         for use in (use for uses in self._uses.values() for use in uses):
             use.store.close()
         self._uses.clear()
@@ -400,11 +471,16 @@ class FrontierCache:
         except ReplayDiverged as error:
             self._note_divergence(use, error)
             return self._full(batch, forward, args, kwargs)
+        except ShapesVary:
+            use.closed = True
+            self._active.pop(batch.source.name, None)
+            return self._full(batch, forward, args, kwargs)
         except (FrontierError, StorageError) as error:
             self._give_up(use, error.found)
             return self._full(batch, forward, args, kwargs)
         use.served += 1
         use.diverged = 0
+        batch.served = True
         self.report.replayed += 1
         return output
 
@@ -621,7 +697,14 @@ class FrontierCache:
                 skipped=region.skipped,
                 slots=slots,
                 preparation=source.preparation,
-                data={"name": source.name, "samples": source.samples, "content": source.data},
+                data={
+                    "name": source.name,
+                    "samples": source.samples,
+                    "fixed": source.fixed,
+                    "content": unknown("which samples these are")
+                    if source.data is None
+                    else source.data,
+                },
                 tensors=region.tensors,
                 passed=region.passed,
                 encoding=self._encoding,
@@ -768,9 +851,12 @@ class _Gate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Through the cache if all tensors are those of one batch, else as ever."""
-        batch = _batch_of(args, kwargs)
-        if batch is None:
+        batch, ours = _batch_of(args, kwargs)
+        if batch is None and not ours:
             return self.original(*args, **kwargs)
+        if batch is None:  # changed on its way: the real values are the right ones
+            real = map_leaves((args, kwargs), _real, objects=True)
+            return self.original(*real[0], **real[1])
         return self.cache.forward(batch, self.original, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -780,19 +866,12 @@ class _Gate:
         return types.MethodType, (type(self.root).forward, self.root)
 
 
-def _batch_of(args: Any, kwargs: Any) -> Batch | None:
-    """The batch whose arguments these are, all of them and unchanged; None otherwise."""
+def _batch_of(args: Any, kwargs: Any) -> tuple[Batch | None, bool]:
+    """The batch whose arguments these are, unchanged, if any; whether any is a batch's at all."""
     leaves = [x for x in leaves_of((args, kwargs)).items if isinstance(x, Tensor)]
-    if not leaves or type(leaves[0]) is not StandIn:
-        return None
-    batch = leaves[0].node.session
-    if not isinstance(batch, Batch):
-        return None
-    ours = all(
-        type(leaf) is StandIn and leaf.node.session is batch and leaf.node.id == place
-        for place, leaf in enumerate(leaves)
-    )
-    return batch if ours else None
+    session: Any = next((x.node.session for x in leaves if type(x) is StandIn), None)
+    called = getattr(session, "called", None)
+    return (None, False) if called is None else (called(args, kwargs, leaves), True)
 
 
 def _real(leaf: Any) -> Any:
