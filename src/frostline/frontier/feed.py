@@ -334,9 +334,10 @@ class Feed:
     def _recorded(
         self, epoch: int, keys: Iterator[Any], taken: deque[tuple[IntArray, IntArray]]
     ) -> Iterator[Any]:
+        views = self._views_of(epoch)
         for batch in keys:
             indices = self._indices(batch)
-            view = self.views.of(epoch, indices)
+            view = views[indices]
             taken.append((indices, view))
             yield self._picks(indices, view, batch)
 
@@ -349,10 +350,15 @@ class Feed:
             yield Ticket(indices, view, _given(batch))
 
     def _load_lazily(self, epoch: int, keys: Iterator[Any]) -> Iterator[Ticket]:
+        views = self._views_of(epoch)
         for batch in keys:
             indices = self._indices(batch)
-            view = self.views.of(epoch, indices)
+            view = views[indices]
             yield Ticket(indices, view, self._later(indices, view, batch))
+
+    def _views_of(self, epoch: int) -> IntArray:
+        """The views of all samples at once: some ms, where each batch for itself costs more."""
+        return self.views.of(epoch, np.arange(self.samples))
 
     def _later(self, indices: IntArray, view: IntArray, batch: Any) -> Callable[[], Any]:
         return lambda: self._load(indices, view, batch)

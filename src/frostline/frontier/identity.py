@@ -141,11 +141,10 @@ class _Walk:
         if type(value) in (dict, OrderedDict):  # others may hold more than their items
             self.mapping(value)
             return
-        for kinds, describe in _KINDS:
-            if isinstance(value, kinds):
-                describe(self, value)
-                return
-        if hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):
+        describe = _description(type(value))
+        if describe is not None:
+            describe(self, value)
+        elif hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):
             self.data(f"picture {value.mode} {value.size}", value.tobytes())
         elif _is_hugging_face(value):
             self._hugging_face(value)
@@ -156,8 +155,7 @@ class _Walk:
 
     def text(self, text: str) -> None:
         data = text.encode("utf-8", "surrogatepass")
-        self._hasher.update(b"%d:" % len(data))
-        self._hasher.update(data)
+        self._hasher.update(b"%d:%s" % (len(data), data))
 
     def data(self, what: str, data: Any) -> None:
         self.text(f"{what} {len(data)}")
@@ -177,9 +175,12 @@ class _Walk:
     def tensor(self, tensor: Tensor) -> None:
         if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
             raise _Unreadable(f"a tensor of layout {tensor.layout} on {tensor.device}")
-        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        self.text(f"tensor {tensor.dtype} {tuple(tensor.shape)} {type(tensor).__qualname__}")
-        self._hasher.update(plain.view(torch.uint8).numpy().data)
+        plain = tensor.detach()
+        if plain.is_conj() or plain.is_neg():
+            plain = plain.resolve_conj().resolve_neg()
+        plain = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
+        self.text(f"tensor {tensor.dtype} {[*tensor.shape]} {type(tensor).__qualname__}")
+        self._hasher.update(plain.numpy().data)
 
     def mapping(self, value: Mapping[Value, Value]) -> None:
         self.kind(type(value))
@@ -471,3 +472,9 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     ((torch.Generator, np.random.Generator), _Walk.random),
     (types.MappingProxyType, _Walk.mapping),
 )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1000)
+def _description(kind: type) -> Callable[[_Walk, Any], None] | None:
+    """How objects of this class are read; None: not by their class."""
+    return next((describe for kinds, describe in _KINDS if issubclass(kind, kinds)), None)
