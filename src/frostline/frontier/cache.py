@@ -23,7 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from frostline.backends.torch.digest import TensorTable, WriteWatch, unwrapped
+from frostline.backends.torch.digest import (
+    TensorTable,
+    WriteWatch,
+    sha256_of_tensors,
+    unwrapped,
+)
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.tracing import leave_untouched
 from frostline.errors import FrontierError, StorageError
@@ -57,6 +62,8 @@ CHECKED_SAMPLES = 4
 CHECKED_FIRST = 2
 #: Afterwards one batch in so many, at random.
 CHECKED_EVERY = 200
+#: Blocks filled before a process looks again what others have filled.
+_TURN_BLOCKS = 8
 #: Divergences in a row after which a region is given up.
 PATIENCE = 5
 
@@ -288,18 +295,26 @@ class _Use:
     training: bool
     looks: Example
     ragged: bool
+    table: TensorTable
     served: int = 0
     diverged: int = 0
     closed: bool = False
+    full: bool = False
+    digests: Mapping[str, Any] = field(default_factory=dict)
 
     def usable(self) -> bool:
         """Whether it still holds: nothing in it trains, nothing in it was written to."""
         if self.closed or any(map(_flag, self.frozen)):
             return False
-        if self.watch.look():
+        # Data-parallel wrappers write buffers at each step that are afterwards what they were.
+        if (written := self.watch.look()) and self._differ(written):
             self.closed = True
             return False
         return True
+
+    def _differ(self, names: Sequence[str]) -> bool:
+        now = sha256_of_tensors({name: self.table[name] for name in names})
+        return any(list(self.digests.get(name, ()))[-1:] != [now[name]] for name in names)
 
 
 class FrontierCache:
@@ -718,8 +733,9 @@ class FrontierCache:
             "frontier": frontier,
         }
         store = self._library.open(
-            key, columns, rows, about=about, needs_bytes=rows * sum(s.bytes for s in slots)
-        )
+            key, columns, rows, about=about, needs_bytes=rows * sum(s.bytes for s in slots),
+            most_bytes=self._room(),
+        )  # fmt: skip
         table = TensorTable(self._root)
         names = [name for name in region.tensors if name in table]
         parameters = dict(self._root.named_parameters(remove_duplicate=False))
@@ -730,8 +746,16 @@ class FrontierCache:
         )
         return _Use(
             region, store, source, slots, WriteWatch(table, names), frozen,
-            self._root.training, _few(example), not source.fixed,
+            self._root.training, _few(example), not source.fixed, table,
+            digests=key.parts["weights"],
         )  # fmt: skip
+
+    def _room(self) -> int | None:
+        """Bytes that one more store may take."""
+        if self._budget_bytes is None:
+            return None
+        stores = {u.store.folder: u.store for uses in self._uses.values() for u in uses}
+        return max(0, self._budget_bytes - sum(s.bytes_on_disk for s in stores.values()))
 
     # -- values ------------------------------------------------------------------------------
 
@@ -784,19 +808,30 @@ class FrontierCache:
         start = time.perf_counter()
         rows = np.concatenate([batch.rows, *batch.order])
         missing = np.unique(rows[~use.store.present(rows)] // BLOCK) * BLOCK
+        missing = missing[missing + BLOCK <= padded(use.store.admitted_rows)]
         stride = padded(use.source.samples)
         for view in np.unique(missing // stride).tolist():
             firsts = [int(row % stride) for row in missing if row // stride == view]
             if (older := self._refillable(use)) is not None:
                 firsts = self._refill(use, older, firsts, view)
-            for first, example in use.source.blocks(firsts, view) if firsts else ():
-                values = use.region.fill(moved(example, batch.real_device))
-                if not self._write(use, view * stride + first, values):
-                    break
+            for some in _turns(firsts):
+                # Another process may have been here in the meantime.
+                due = [f for f in some if not use.store.present(_block(f, view, use.source)).all()]
+                self._fill_blocks(use, due, view, batch)
         self.report.fill_s += time.perf_counter() - start
         self.report.stored_bytes = sum(
             u.store.bytes_on_disk for uses in self._uses.values() for u in uses if not u.closed
         )
+
+    def _fill_blocks(self, use: _Use, firsts: Sequence[int], view: int, batch: Batch) -> None:
+        if not firsts or use.full:
+            return
+        stride = padded(use.source.samples)
+        for first, example in use.source.blocks(firsts, view):
+            values = use.region.fill(moved(example, batch.real_device))
+            if not self._write(use, view * stride + first, values):
+                use.full = use.ragged  # rows of one length are admitted by their number
+                break
 
     def _write(self, use: _Use, first: int, values: Mapping[str, Tensor]) -> bool:
         arrays = {slot.name: to_numpy(values[slot.name]) for slot in use.columns}
@@ -899,6 +934,17 @@ def _shapes(example: Example, count: int) -> Example:
 def _block(first: int, view: int, source: Source) -> NDArray[np.int64]:
     start = view * padded(source.samples) + first
     return np.arange(start, start + min(BLOCK, source.samples - first), dtype=np.int64)
+
+
+def _turns(firsts: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Blocks in parts; processes that train together begin at different places."""
+    world = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if world:
+        start = len(firsts) * torch.distributed.get_rank() // torch.distributed.get_world_size()
+        firsts = [*firsts[start:], *firsts[:start]]
+    step = _TURN_BLOCKS if world else max(1, len(firsts))
+    for begin in range(0, len(firsts), step):
+        yield firsts[begin : begin + step]
 
 
 def _padded_to(value: Tensor, shape: tuple[int, ...]) -> Tensor:

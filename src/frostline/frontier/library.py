@@ -178,6 +178,7 @@ class Library:
         *,
         about: Mapping[str, Any] | None = None,
         needs_bytes: int = 0,
+        most_bytes: int | None = None,
     ) -> Store:
         """The store of a key, made if there is none; in use until its `close`.
 
@@ -188,6 +189,7 @@ class Library:
             about: what it is, for people: model, region, data. Plain JSON.
             needs_bytes: room it will want. Within the budget, other entries that nobody uses
                 make way, those first that were used longest ago.
+            most_bytes: the most it may take, besides the budget of all; None: no bound.
 
         Raises:
             FrontierError: an entry of this key has other columns or rows: the key is too narrow.
@@ -211,7 +213,8 @@ class Library:
             _clear_dead(path / _USERS)
             lease = _Lease(path / _USERS, mode=self._mode)
             try:
-                budget = self._room_for(path, needs_bytes)
+                room = [b for b in (self._room_for(path, needs_bytes), most_bytes) if b is not None]
+                budget = min(room, default=None)
                 return _open_store(path, key, columns, rows, budget, lease)
             except BaseException:
                 lease.release()
