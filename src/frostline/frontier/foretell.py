@@ -455,7 +455,7 @@ class _Found:
         stage.freeze(depth)
         try:
             region = find_region(stage.model, self._few)
-            if region.empty:
+            if _skips_nothing(region):
                 self.refused[depth] = _why_empty(region)
                 return
             self.row_bytes[depth] = region.bytes
@@ -474,6 +474,12 @@ class _Found:
         # Once more, close in time: on a busy machine the two must be comparable.
         self.step[depth] = min(self.step[depth], stage.seconds(stage.step, times=1))
         self.write[depth], self.read[depth] = store_seconds(rows, self._folder, times=self._times)
+
+
+def _skips_nothing(region: Region) -> bool:
+    """Whether nothing is left out; storing the batch itself leaves out nothing either."""
+    stored = {slot.name for slot in region.slots}
+    return region.empty or bool(stored and stored <= region.input_slots)
 
 
 def _why_empty(region: Region) -> str:
