@@ -138,6 +138,8 @@ def test_unknown_equals_nothing_and_says_why():
         ("compute", {"device": "cpu"}, {"device": "H100"}, "made on cpu, now H100"),
         ("encoding", {"s": "exact"}, {"s": "int8"}, "encoding s was exact, now int8"),
         ("data", "a" * 64, "b" * 64, "data was aaaaaaaaaaaa…, now bbbbbbbbbbbb…"),
+        ("modes", {"bn": 0}, {"bn": False}, "modes bn was 0, now false"),
+        ("weights", {"a.bias": 1}, {"a.bias": True}, "weights a.bias was 1, now true"),
         ("weights", None, {"a": "b"}, 'weights was null, now {"a":"b"}'),
     ],
 )  # fmt: skip
@@ -457,6 +459,36 @@ def test_not_knowing_what_is_read_takes_everything_frozen():
     assert "more" in key_of(model, tensors=None).parts["weights"]
 
 
+class Borrowing(nn.Module):
+    """Its own forward uses the weight of a module that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.lender, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.linear(self.stem(x), self.lender.weight)
+        return self.head(self.norm(x))
+
+
+def test_a_weight_that_is_read_around_its_module_counts():
+    model = Borrowing().requires_grad_(requires_grad=False)
+    model.head.requires_grad_()
+    model.norm.requires_grad_()
+
+    def key() -> CacheKey:
+        return key_of(model, skipped=["stem"], passed=[""], tensors=["stem.weight"])
+
+    before = key()
+    model.norm.running_mean.add_(1)  # moves at every step
+    model.norm.num_batches_tracked.add_(1)
+    _flip(model.head.weight)
+    assert key() == before
+    _flip(model.lender.weight)
+    assert before.differences(key()) == ("weights of lender changed",)
+
+
 def test_calls_are_told_from_names():
     model = branchy()
     assert region_modules(model, ["stem#2"], []) == region_modules(model, ["stem"], [])
@@ -605,6 +637,21 @@ def test_a_wrapper_does_not_pass_for_what_it_wraps():
     assert fingerprint(wrapped(1)) == fingerprint(wrapped(1))
     assert fingerprint(wrapped(1)) != fingerprint(wrapped(2))
     assert fingerprint(wrapped(1)) != fingerprint(torch.nn.functional.relu)
+
+
+def test_what_a_wrapper_takes_from_its_globals_counts(tmp_path):
+    text = """
+import functools, torch
+FACTOR = {}
+@functools.wraps(torch.nn.functional.relu)
+def relu(x):
+    return x * FACTOR
+"""
+    one, other = (
+        fingerprint(_module(tmp_path, text.format(n), "frostline_test_wrapper").relu)
+        for n in (1, 2)
+    )
+    assert one != other
 
 
 # -- values --------------------------------------------------------------------------------------

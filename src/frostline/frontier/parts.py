@@ -185,11 +185,13 @@ def model_parts(
         FrontierError: a name that the model does not have.
     """
     root = unwrapped(model)
-    skipped = tuple(skipped)
+    skipped, passed = tuple(skipped), None if passed is None else tuple(passed)
     names = region_modules(root, skipped, passed)
     structure, packages = structure_parts(root, names)
     return {
-        "weights": weight_parts(root, tensors, skipped=skipped),
+        "weights": weight_parts(
+            root, tensors, skipped=skipped, loose=passed is None or bool(passed)
+        ),
         "structure": structure,
         "modes": mode_parts(root, names),
         "versions": version_parts(packages),
@@ -246,7 +248,11 @@ def _is_inside(name: str, module: str) -> bool:
 
 
 def weight_parts(
-    model: nn.Module, names: Iterable[str] | None = None, *, skipped: Iterable[str] = ()
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    *,
+    skipped: Iterable[str] = (),
+    loose: bool = False,
 ) -> dict[str, Any]:
     """For each tensor: dtype, shape, strides, device, SHA-256 of its bits.
 
@@ -256,6 +262,9 @@ def weight_parts(
         model: whose tensors these are.
         names: of parameters and buffers; None: every buffer and every frozen parameter.
         skipped: module calls; whatever tensor is inside these modules counts as well.
+        loose: some operation of the region is in no skipped module. It may read tensors of any
+            module (``F.linear(x, self.other.weight)``), so all that is frozen counts as well,
+            except the running statistics of norms that are collecting them.
 
     Raises:
         FrontierError: a name that the model does not have.
@@ -269,9 +278,12 @@ def weight_parts(
     table = TensorTable(root)
     known = dict(root.named_modules(remove_duplicate=False))
     calls = [_module_of(call, known) for call in skipped]
+    trained = {id(p) for p in root.parameters() if p.requires_grad}
+    frozen = [name for name in table if id(table[name]) not in trained]
     if names is None:
-        trained = {id(p) for p in root.parameters() if p.requires_grad}
-        names = [name for name in table if id(table[name]) not in trained]
+        names = frozen
+    elif loose:
+        names = {*names, *(name for name in frozen if not _is_collected(name, known))}
     inside = [n for n in table if any(_is_inside(n.rpartition(".")[0], call) for call in calls)]
     wanted = sorted({*names, *inside})
     if lost := [name for name in wanted if name not in table]:
@@ -281,6 +293,14 @@ def weight_parts(
             fix="find the region again after changing the model's modules",
         )
     return _digests({name: table[name] for name in wanted})
+
+
+def _is_collected(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a tensor is a statistic that its norm moves at each step."""
+    home, _, own = name.rpartition(".")
+    module = modules[home]
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return own in statistics and module.training and hasattr(module, "track_running_stats")
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
