@@ -39,6 +39,7 @@ from frostline.frontier.key import unknown
 from frostline.frontier.library import Library
 from frostline.frontier.parts import region_key
 from frostline.frontier.region import Region, ReplayDiverged, Slot, find_region
+from frostline.frontier.side import skeleton
 from frostline.frontier.standin import Node, StandIn, stand_in, with_values
 from frostline.frontier.store import Column, Store
 from frostline.frontier.structure import leaves_of, map_leaves, tensors_of
@@ -301,10 +302,14 @@ class _Use:
     closed: bool = False
     full: bool = False
     digests: Mapping[str, Any] = field(default_factory=dict)
+    kind: Any = None
 
     def usable(self) -> bool:
         """Whether it still holds: nothing in it trains, nothing in it was written to."""
         if self.closed or any(map(_flag, self.frozen)):
+            return False
+        if self.region.changed() is not None:
+            self.closed = True
             return False
         # Data-parallel wrappers write buffers at each step that are afterwards what they were.
         if (written := self.watch.look()) and self._differ(written):
@@ -588,8 +593,7 @@ class FrontierCache:
 
     def _give_up(self, use: _Use, why: str) -> None:
         use.closed = True
-        state = self._state(use.training)
-        self._found[state] = why
+        self._found[use.kind] = why
         self._active.pop(use.source.name, None)
         _log.warning("the cache is off for %s: %s", use.source.name, why)
         self.report.note(f"not cached any more: {why}")
@@ -616,7 +620,7 @@ class FrontierCache:
             return use
         if not batch.first and known is not None:
             old = use if self._strict else self._shallower(batch)
-            if old is not None and old.usable() and old.region.changed() is None:
+            if old is not None and old.usable():
                 return old
             if self._strict:
                 return None
@@ -644,17 +648,15 @@ class FrontierCache:
 
     def _adopted(self, batch: Batch, state: Any) -> _Use | None:
         older = self._shallower(batch)
-        found = self._found.get(state)
         example = self._sample(batch)
-        if found is None:
-            found = self._found[state] = self._find(example, older)
+        kind = state, _built(example)
+        found = self._found.get(kind)
+        if found is None or (isinstance(found, Region) and found.changed() is not None):
+            found = self._found[kind] = self._find(example, older)
         if isinstance(found, str):
             return None
-        if found.changed() is not None:
-            found = self._found[state] = self._find(example, older)
-            if isinstance(found, str):
-                return None
         use = self._opened(found, batch.source, example)
+        use.kind = kind
         uses = self._uses.setdefault(batch.source.name, [])
         self._looks[batch.source.name] = _few(example)
         same = [u for u in uses if u.store.folder == use.store.folder and not u.closed]
@@ -915,6 +917,13 @@ def _real(leaf: Any) -> Any:
 
 def _few(example: Example) -> Example:
     return rows_of(example, range(min(2, batch_size(example))))
+
+
+def _built(example: Example) -> Any:
+    """What tells one way of calling a model from another: all but shapes and values of tensors."""
+    whole = example.args, dict(example.kwargs)
+    leaves = leaves_of(whole).items
+    return skeleton(whole), tuple(x.dtype if isinstance(x, Tensor) else str(x) for x in leaves)
 
 
 def _shapes(example: Example, count: int) -> Example:
