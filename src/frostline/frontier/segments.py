@@ -9,11 +9,9 @@ where a map would end the process.
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 
 from frostline import _io
 from frostline.frontier.encodings import Codec, Column
+from frostline.frontier.files import Files, announce, bytes_of, read_at, write_at
 
 __all__ = ["BLOCK_ROWS", "BoolArray", "IntArray", "Table"]
 
@@ -62,7 +61,7 @@ class Table:
         self.column, self.shape = column, tuple(shape)
         self._folder, self._name, self._rows = folder, f"{number:03d}", rows
         self._seed = np.uint64(seed)
-        self._files = _Files(folder)
+        self._files = Files(folder)
         # Rows of a small column that were read once, and are right: no need to read them again.
         small = not column.ragged and rows * self._codec(0).row_bytes <= KEPT_BYTES
         self._kept = np.empty((rows, self._codec(0).row_bytes if small else 0), np.uint8)
@@ -153,19 +152,19 @@ class Table:
         """Put encoded rows from row `first` on, then their checksums."""
         rows = np.arange(first, first + len(raw))
         places = self._places(rows[:1], length)
-        data = _bytes_of(np.ascontiguousarray(raw))
+        data = bytes_of(np.ascontiguousarray(raw))
         if data.nbytes:
             offset = int(places.offsets[0])
             file = self._files.writable(places.name(int(places.segments[0])))
             _io.disk.allocate(file, offset, data.nbytes)
-            _write_all(file, data, offset)
+            write_at(file, data, offset)
         entries = np.zeros(len(raw), self._entry)
         seeds = self._seeds(rows, length).tolist()
         entries["sum"] = _checksums(data, raw.shape[1], seeds)
         if self.column.ragged:
             entries["length"] = self._sealed(rows, np.full(len(rows), length, np.uint64))
         file = self._files.writable(f"{self._name}.sums")
-        _write_all(file, _bytes_of(entries), first * self.entry_bytes)
+        write_at(file, bytes_of(entries), first * self.entry_bytes)
         self._take(first, entries)
 
     def read(
@@ -233,16 +232,16 @@ class Table:
         """`_pull` from disk."""
         places = self._places(rows, length)
         seeds = self._seeds(rows, length).tolist()
-        flat, size, sums = _bytes_of(raw), places.size, [0] * len(rows)
+        flat, size, sums = bytes_of(raw), places.size, [0] * len(rows)
         runs = [
             (self._files.readable(places.name(segment)), start, stop, offset)
             for start, stop, segment, offset in places.runs()
         ]
         if len(runs) > 1:
-            _announce((file, offset, (stop - start) * size) for file, start, stop, offset in runs)
+            announce((file, offset, (stop - start) * size) for file, start, stop, offset in runs)
         for file, start, stop, offset in runs:
             part = flat[start * size : stop * size]
-            got = _read_all(file, part, offset)
+            got = read_at(file, part, offset)
             whole = stop if got == len(part) else start + got // size
             # Right after the copy, while it is still near the processor.
             sums[start:whole] = _checksums(part, size, seeds[start:whole])
@@ -288,63 +287,12 @@ class _Places:
             start = i
 
 
-class _Files:
-    """Open files by name, each opened once for reading and once for writing."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._reading: dict[str, int] = {}
-        self._writing: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def readable(self, name: str) -> int | None:
-        """A descriptor to read from, or None while there is no such file."""
-        file = self._reading.get(name)
-        if file is not None:
-            return file
-        with self._lock:
-            if name not in self._reading:
-                try:
-                    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-                    self._reading[name] = os.open(self._folder / name, flags)
-                except FileNotFoundError:
-                    return None
-            return self._reading[name]
-
-    def writable(self, name: str) -> int:
-        """A descriptor to write to; the file is made if there is none."""
-        with self._lock:
-            if name not in self._writing:
-                self._writing[name] = _io.disk.open(self._folder / name, os.O_RDWR | os.O_CREAT)
-            return self._writing[name]
-
-    def close(self) -> None:
-        with self._lock:
-            for file in (*self._reading.values(), *self._writing.values()):
-                _io.disk.close(file)
-            self._reading.clear()
-            self._writing.clear()
-
-
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Spread 64 bits over 64 bits, one to one (the finalizer of splitmix64)."""
     x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _bytes_of(array: NDArray[Any]) -> memoryview:
-    # A view, never a copy; `cast` refuses arrays without elements.
-    return array.view(np.uint8).data.cast("B") if array.size else memoryview(b"")
-
-
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = _io.disk.pwrite(file, data, offset)
-        if written <= 0:
-            raise OSError(errno.EIO, "the disk took no bytes")
-        data, offset = data[written:], offset + written
 
 
 def _checksums(data: memoryview, size: int, seeds: Sequence[int]) -> list[int]:
@@ -354,32 +302,3 @@ def _checksums(data: memoryview, size: int, seeds: Sequence[int]) -> list[int]:
     rows = range(0, len(seeds) * size, size) if size else [0] * len(seeds)
     # 0 says absent.
     return [digest(data[i : i + size], seed) or 1 for i, seed in zip(rows, seeds, strict=True)]
-
-
-def _announce(ranges: Iterable[tuple[int | None, int, int]]) -> None:
-    """Let the disk fetch many ranges at once rather than one after another.
-
-    From a cold disk this makes a batch arrive two to five times sooner (benchmarks/store_reads.py);
-    what is in memory already costs a fraction of a microsecond more.
-    """
-    if hasattr(os, "posix_fadvise"):
-        for file, offset, size in ranges:
-            if file is not None and size:
-                os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
-
-
-def _read_all(file: int | None, part: memoryview, offset: int) -> int:
-    """Bytes read into `part`: fewer than asked for where the file ends or the disk fails."""
-    done = 0
-    if file is None:
-        return done
-    try:
-        while done < len(part):
-            got = os.preadv(file, [part[done:]], offset + done)
-            if got == 0:
-                break
-            done += got
-    except OSError as error:
-        if error.errno != errno.EIO:  # a bad sector is damage like any other
-            raise
-    return done

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from frostline import _io
 from frostline.errors import DamagedFile, FrontierError, StorageError, few
 from frostline.frontier.encodings import Column, Encoding
+from frostline.frontier.notes import read_checked, write_once
 from frostline.frontier.segments import BLOCK_ROWS, BoolArray, IntArray, Table
 
 __all__ = ["BLOCK_ROWS", "Column", "Damage", "Encoding", "Store"]
@@ -126,8 +127,8 @@ class Store:
             _io.sweep(self.folder)
         path = self.folder / _HEADER
         if not path.exists():
-            _write_once(path, self._header)
-        found = _read_checked(path)
+            write_once(path, self._header)
+        found = read_checked(path)
         if found != self._header:
             wrong = [key for key, value in self._header.items() if found.get(key) != value]
             raise FrontierError(
@@ -145,7 +146,7 @@ class Store:
         if not path.exists():
             return False
         try:
-            shapes = _read_checked(path)["shapes"]
+            shapes = read_checked(path)["shapes"]
         except DamagedFile as error:
             # Shapes are part of every checksum: recording wrong ones loses rows, never mixes them.
             _log.warning("starting %s afresh: %s", self.folder, error.found)
@@ -274,7 +275,7 @@ class Store:
 
     def _learn(self, shapes: Sequence[tuple[int, ...]]) -> None:
         body = {"shapes": [list(shape) for shape in shapes]}
-        _write_once(self.folder / _SHAPES, body)
+        write_once(self.folder / _SHAPES, body)
         if not self._find_shapes():  # damaged while we looked, or for good
             raise DamagedFile(
                 f"record the row shapes in {self.folder}",
@@ -405,45 +406,3 @@ def _misfit(column: Column, found: str) -> FrontierError:
         found=found,
         fix="values of the type and row shape that the store was made for, samples first",
     )
-
-
-# -- the two small files -------------------------------------------------------------------------
-
-
-def _write_once(path: Path, body: Mapping[str, Any]) -> None:
-    """Write a small file with its digest. Other processes write the same at the same time."""
-    text = _io.canonical_json({"body": body, "sha256": _digest(body)})
-    for _ in range(8):
-        try:
-            _io.atomic_write_bytes(path, text + b"\n")
-            return
-        except StorageError:
-            # One that starts now takes our draft for that of a killed process, and removes it.
-            if not path.exists():
-                continue
-            return
-    _io.atomic_write_bytes(path, text + b"\n")
-
-
-def _read_checked(path: Path) -> dict[str, Any]:
-    """The body of a small file, once its bytes are what was written.
-
-    Raises:
-        DamagedFile: they are not.
-    """
-    found = _io.load_json(path)
-    body = found.get("body") if isinstance(found, dict) else None
-    whole = _io.canonical_json({"body": body, "sha256": _digest(body)}) + b"\n"
-    with _io.storage_errors(f"read {path}"):
-        same = whole == path.read_bytes()
-    if not isinstance(body, dict) or not same:
-        raise DamagedFile(
-            f"trust {path}",
-            found="a digest that does not match its text",
-            fix="remove the folder: what it held is computed again",
-        )
-    return body
-
-
-def _digest(body: object) -> str:
-    return hashlib.sha256(_io.canonical_json(body)).hexdigest()
