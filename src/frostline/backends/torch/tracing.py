@@ -176,7 +176,8 @@ def leave_untouched(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
         with torch.no_grad():
             for tensor, before in (*buffers.values(), *copies.values()):
                 if not _same_bits(tensor, before):
-                    tensor.copy_(before)
+                    # Not counted as a write: a backward pass may be waiting for these values.
+                    tensor.data.copy_(before)
 
 
 class _Recorder(TorchDispatchMode):
