@@ -407,6 +407,28 @@ def test_a_transform_that_draws_without_using_it_counts_as_random():
         Feed(_loader(Drawing(), "shuffled"))
 
 
+def test_loading_beside_an_epoch_never_moves_the_generators():
+    class Sometimes(Numbered):
+        """Draws at one sample that is not looked at in advance."""
+
+        def __getitem__(self, index):
+            if index == 33:
+                torch.rand(()), np.random.rand(), random.random()  # noqa: NPY002
+            return super().__getitem__(index)
+
+    feed = Feed(_loader(Sometimes(), "as they come"))
+    before = generator_states()
+    list(feed.blocks([32], 0))
+    feed.load([33], [0])
+    for ticket in feed.epoch(0):
+        here = generator_states()
+        ticket.load()
+        assert generator_states() == here
+    feed.witness(0, most=70)
+    torch.set_rng_state(torch.tensor(before[-1], dtype=torch.uint8))  # the seed of the workers
+    assert generator_states() == before
+
+
 def test_a_generator_of_its_own_is_refused_in_any_case():
     class Private(Numbered):
         def __init__(self):
@@ -492,6 +514,8 @@ def test_digests_travel_to_another_process():
     stored = first.digests(range(70), 0)
     assert stored[:32].all()
     assert not stored[32:].any()
+    first.recall(range(70), 0, np.zeros(70, np.uint64))
+    assert (first.digests(range(70), 0) == stored).all(), "unknown takes nothing back"
     data.tensors[0][5] = 99
     second = Feed(_loader(data, "as they come"))
     second.recall(range(70), 0, stored)

@@ -9,7 +9,7 @@ batches with a private generator and draws nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -199,7 +199,7 @@ class _Around:
         return len(vars(self)["data"])
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__"):  # `__getitems__` too: wrapped samples are fetched one by one
             raise AttributeError(name)
         return getattr(vars(self)["data"], name)
 
@@ -223,9 +223,6 @@ class Viewed(_Around):
     def __getitem__(self, pick: Pick) -> Any:
         with seeded(vars(self)["views"].seed_of(pick.index, pick.view)):
             return fetch(vars(self)["data"], pick.key)
-
-    def __getitems__(self, picks: Sequence[Pick]) -> list[Any]:
-        return [self[pick] for pick in picks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +259,6 @@ class Probed(_Around):
         other, _ = _watched(12, lambda: content_digest(fetch(data, key)))
         by_batch = collated and self._collates_at_random(key)
         return Findings(one, one != again, drew or one != other, by_batch)
-
-    def __getitems__(self, keys: Sequence[tuple[Any, bool]]) -> list[Findings]:
-        return [self[key] for key in keys]
 
     def _collates_at_random(self, key: Any) -> bool:
         data, collate = vars(self)["data"], vars(self)["collate"]
