@@ -256,11 +256,11 @@ class SideTable:
 
 
 #: A model's input is kept, too, up to this size per sample: somebody may look at it.
-_SMALL_BYTES = 1024
+SMALL_BYTES = 1024
 
 
 def _is_small(leaf: Any, size: int) -> bool:
-    return not is_whole(leaf, size) or leaf.nbytes <= _SMALL_BYTES * size
+    return not is_whole(leaf, size) or leaf.nbytes <= SMALL_BYTES * size
 
 
 def _is_storable(leaf: Any) -> bool:
