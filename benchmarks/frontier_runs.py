@@ -13,7 +13,6 @@ Needs `data` and `models` of the shared folder beside the checkout.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import statistics
 import sys
@@ -46,6 +45,7 @@ TOLERANCE = 1.05
 #: Samples of a batch whose costs bound the runs.
 BATCH = 32
 MODES = ("off", "on")
+DATA = ("flowers5", "trec6", "fsdd")
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,22 @@ class Job:
     Attributes:
         title: for people.
         model: as `frostline fit` takes it; "kwt1" is the loop of this script.
-        data: folder below `data` of the shared folder.
+        data: folder of the data set.
         frozen: selector of what is frozen.
         epochs: of the run.
         settings: of the run, besides.
         target: how much faster the cached run must be; 0: as the bound allows.
+        most: pairs of runs, at most: some take minutes.
     """
 
     title: str
     model: str
-    data: str
+    data: Path
     frozen: str
     epochs: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     target: float = 0.0
+    most: int = 10
 
     @property
     def by_fit(self) -> bool:
@@ -77,7 +79,9 @@ class Job:
 
 
 def jobs(scratch: Path, *, quick: bool) -> dict[str, Job]:
-    """What is run."""
+    """What is run; on a few samples when quick."""
+    data = shrunk(scratch / "data") if quick else SHARED / "data"
+    flowers5, trec6, fsdd = (data / name for name in DATA)
     epochs, few = (2, 2) if quick else (10, 4)
     side = 64 if quick else 160
     colours = {"image_mean": (127 / 255,) * 3, "image_std": (128 / 255,) * 3}
@@ -90,33 +94,52 @@ def jobs(scratch: Path, *, quick: bool) -> dict[str, Job]:
     return {
         "flowers5-lite0-probe": Job(
             f"flowers5, EfficientNet-lite0 at {side} px, linear probing",
-            timm, "flowers5", probe, epochs, {**lite0, **pictures}, TARGET,
+            timm, flowers5, probe, epochs, {**lite0, **pictures}, TARGET,
         ),
         "flowers5-squeezenet-probe": Job(
             "flowers5, SqueezeNet at 224 px, linear probing",
-            squeezenet, "flowers5", probe, epochs, {**pictures, "head_lr": 1e-3}, TARGET,
+            squeezenet, flowers5, probe, epochs, {**pictures, "head_lr": 1e-3}, TARGET, 1,
         ),
         "trec6-minilm-probe": Job(
-            "trec6, MiniLM, linear probing", text, "trec6", probe, epochs, texts, TARGET
+            "trec6, MiniLM, linear probing", text, trec6, probe, epochs, texts, TARGET
         ),
         "trec6-minilm-shipped": Job(
             "trec6, MiniLM, linear probing, a checkpoint after every epoch",
-            text, "trec6", probe, epochs, {**texts, "checkpoint_every": "1ep"},
+            text, trec6, probe, epochs, {**texts, "checkpoint_every": "1ep"}, most=1,
         ),
         "fsdd-kwt1-probe": Job(
-            "fsdd, KWT-1, linear probing", "kwt1", "fsdd", "13", epochs, {"lr": 1e-2}, TARGET
+            "fsdd, KWT-1, linear probing", "kwt1", fsdd, "13", epochs, {"lr": 1e-2}, TARGET
         ),
         "flowers5-lite0-half": Job(
             f"flowers5, EfficientNet-lite0 at {side} px, half frozen",
-            timm, "flowers5", half, few, {**lite0, **pictures},
+            timm, flowers5, half, few, {**lite0, **pictures}, most=1,
         ),
         "trec6-minilm-half": Job(
-            "trec6, MiniLM, half frozen", text, "trec6", half, few, texts
+            "trec6, MiniLM, half frozen", text, trec6, half, few, texts, most=1
         ),
         "fsdd-kwt1-half": Job(
-            "fsdd, KWT-1, six of twelve blocks frozen", "kwt1", "fsdd", "7", few, {"lr": 1e-3}
+            "fsdd, KWT-1, six of twelve blocks frozen", "kwt1", fsdd, "7", few, {"lr": 1e-3}
         ),
     }  # fmt: skip
+
+
+def shrunk(folder: Path, *, each: int = 8) -> Path:
+    """The data sets with a few samples of every class, as links and short tables."""
+    for name in DATA:
+        for split in ("train", "val", "test"):
+            source, target = SHARED / "data" / name / split, folder / name / split
+            if table := next(source.parent.glob(f"{split}.csv"), None):
+                lines = table.read_text("utf-8").splitlines()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                short = "\n".join([lines[0], *lines[1 : 1 + 12 * each]]) + "\n"
+                target.with_suffix(".csv").write_text(short, "utf-8")
+            for kind in source.iterdir() if source.is_dir() else ():
+                (target / kind.name).mkdir(parents=True, exist_ok=True)
+                for file in sorted(kind.iterdir())[:each]:
+                    link = target / kind.name / file.name
+                    if not link.exists():
+                        link.symlink_to(file)
+    return folder
 
 
 # -- one run ----------------------------------------------------------------------------------
@@ -152,7 +175,7 @@ class Stamps:
         return time.monotonic(), time.process_time()
 
 
-def run(job: Job, cache: str, seed: int, *, clock: str, threads: int, limit: int) -> dict[str, Any]:
+def run(job: Job, cache: str, seed: int, *, clock: str, threads: int) -> dict[str, Any]:
     """One run: its seconds, its accuracies and the peak of this process's memory.
 
     Args:
@@ -161,7 +184,6 @@ def run(job: Job, cache: str, seed: int, *, clock: str, threads: int, limit: int
         seed: of the run.
         clock: "wall" or "cpu".
         threads: for arithmetic.
-        limit: samples of the sound run, at most; 0: all.
     """
     stamps = Stamps()
     with tempfile.TemporaryDirectory() as place:
@@ -169,17 +191,21 @@ def run(job: Job, cache: str, seed: int, *, clock: str, threads: int, limit: int
             found = _fit(job, cache, seed, threads, Path(place), stamps)
         else:
             sound = SoundRun(
-                SHARED / "data" / job.data,
+                job.data,
                 trains=int(job.frozen),
                 epochs=job.epochs,
                 lr=job.settings["lr"],
                 seed=seed,
                 store=Path(place) / "store" if cache == "on" else None,
-                limit=limit,
             )
             found = sound.result(stamps.note)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"cache": cache, "seed": seed, **found, **stamps.times(clock), "peak_bytes": peak}
+    return {
+        "cache": cache,
+        "seed": seed,
+        **found,
+        **stamps.times(clock),
+        "peak_bytes": _memory_bytes("VmHWM"),
+    }
 
 
 def _fit(
@@ -192,7 +218,7 @@ def _fit(
             settings["cache_dir"] = place / "cache"
     elif cache == "on":
         raise SystemExit("this version of `frostline.fit` has no setting `cache`")
-    done = frostline.fit(job.model, SHARED / "data" / job.data, **settings, on_event=stamps)
+    done = frostline.fit(job.model, job.data, **settings, on_event=stamps)
     summary = done.summary
     assert summary["certificate_ok"], "frozen weights moved"
     return {
@@ -256,16 +282,14 @@ def formula(share: float, epochs: int) -> float:
     return (3 - 2 * share) * epochs / (rest + share)
 
 
-def measured_costs(job: Job, limit: int) -> tuple[Costs, int, int]:
+def measured_costs(job: Job) -> tuple[Costs, int, int]:
     """The parts of a job, and how many samples it trains and validates on."""
     if not job.by_fit:
-        sound = SoundRun(
-            SHARED / "data" / job.data, trains=int(job.frozen), epochs=1, lr=1e-3, limit=limit
-        )
+        sound = SoundRun(job.data, trains=int(job.frozen), epochs=1, lr=1e-3)
         groups, frozen = sound.groups(BATCH)
         sizes = len(sound.train[1]), len(sound.val[1])
         return _costs(groups, FreezePlan(frozen=frozenset(frozen)), BATCH, 0.0), *sizes
-    given = {"model": job.model, "data": str(SHARED / "data" / job.data), **_settings(job)}
+    given = {"model": job.model, "data": str(job.data), **_settings(job)}
     task = load_task(load_config(None, given))
     example = task.example(BATCH)
     groups = layer_groups(task.model, example, head=task.head)
@@ -294,13 +318,13 @@ def _costs(groups: LayerGroups, plan: FreezePlan, batch: int, load: float) -> Co
 # -- measuring --------------------------------------------------------------------------------
 
 
-def measure(job: Job, rounds: int, *, clock: str, threads: int, limit: int) -> dict[str, Any]:
+def measure(job: Job, rounds: int, *, clock: str, threads: int) -> dict[str, Any]:
     """Runs with and without the cache in turn, one pair per seed, and what bounds them."""
-    costs, train, val = measured_costs(job, limit)
+    costs, train, val = measured_costs(job)
     runs = []
-    for seed in range(rounds):
+    for seed in range(min(rounds, job.most)):
         runs += [
-            run(job, cache, seed, clock=clock, threads=threads, limit=limit)
+            run(job, cache, seed, clock=clock, threads=threads)
             for cache in (MODES if seed % 2 == 0 else reversed(MODES))
         ]
     return {
@@ -421,14 +445,16 @@ def one(arguments_of_one: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         convert_lite0(Path(place) / "lite0.safetensors")
         job = jobs(Path(place), quick=size == "quick")[name]
-        limit = 64 if size == "quick" else 0
-        before = _resident_bytes()
-        found = run(job, cache, 0, clock="wall", threads=int(threads), limit=limit)
+        before = _memory_bytes("VmRSS")
+        found = run(job, cache, 0, clock="wall", threads=int(threads))
     print(json.dumps(found | {"before_bytes": before}))
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize()
+def _memory_bytes(what: str) -> int:
+    """VmHWM (peak) or VmRSS of this process. Not `getrusage`: its peak is also the parent's."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    found = next((line.split()[1] for line in lines if line.startswith(f"{what}:")), "0")
+    return 1024 * int(found)
 
 
 def main() -> None:
@@ -441,7 +467,7 @@ def main() -> None:
         names = tuple(jobs(scratch, quick=True))
         chosen = arguments(__doc__, rounds=2, quick=1, only=names)
         np.seterr(all="raise", under="ignore")
-        more = {"clock": chosen.clock, "threads": chosen.threads, "limit": 64 * chosen.quick}
+        more = {"clock": chosen.clock, "threads": chosen.threads}
         made = jobs(scratch, quick=chosen.quick)
         gather(
             "frontier_runs",

