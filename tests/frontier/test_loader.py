@@ -692,3 +692,367 @@ def test_data_that_change_in_the_middle_of_an_epoch(
         if number >= 2:
             assert cache.report.replayed == replayed
     cache.detach()
+
+
+# -- loops as people write them -------------------------------------------------------------------
+
+
+def test_evaluation_in_the_middle_of_an_epoch(library: Library) -> None:
+    def run(model: nn.Module, loader: Any, val: Any) -> tuple[Trace, list[Tensor]]:
+        scores: list[Tensor] = []
+
+        def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            if len(scores) % 3 == 1:
+                model.eval()
+                with torch.no_grad():
+                    found = [(model(x).argmax(1) == y).float().mean() for x, y in val]
+                scores.append(torch.stack(found).mean())
+                model.train()
+                model.stem.eval()
+            else:
+                scores.append(torch.zeros(()))
+            return pair(model, batch)
+
+        return train(model, loader, step), scores
+
+    def loaders() -> tuple[DataLoader, DataLoader]:
+        return seeded_loader(Counted()), seeded_loader(Counted(40), shuffle=False)
+
+    plain, plain_scores = run(net(), *loaders())
+    model = net()
+    cache = cached(library, model=model)
+    trace, scores = run(model, *(cache.loader(loader) for loader in loaders()))
+    cache.detach()
+    assert_same(trace, plain)
+    assert scores == plain_scores
+    assert cache.report.replayed == cache.report.batches == 15 + 5 * 3
+
+
+def test_a_validation_loader_under_no_grad(library: Library) -> None:
+    model, plain = net().eval(), net().eval()
+    cache = cached(library, model=model)
+    loader = cache.loader(seeded_loader(Counted(), shuffle=False))
+    with torch.no_grad():
+        for _ in range(2):
+            for (x, y), (a, b) in zip(loader, seeded_loader(Counted(), shuffle=False), strict=True):
+                assert torch.equal(y, b)
+                torch.testing.assert_close(model(x), plain(a), rtol=1e-5, atol=1e-6)
+    cache.detach()
+    assert cache.report.replayed == 10
+
+
+def test_accumulated_gradients(library: Library) -> None:
+    def run(model: nn.Module, loader: Any) -> list[Tensor]:
+        torch.manual_seed(3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        found = []
+        for _ in range(3):
+            for number, batch in enumerate(loader):
+                (pair(model, batch)[0] / 2).backward()
+                if number % 2:
+                    found += [p.grad.clone() for p in model.head.parameters()]
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return found
+
+    plain = run(net(), seeded_loader(Counted()))
+    model = net()
+    cache = cached(library, model=model)
+    torch.testing.assert_close(run(model, cache.loader(seeded_loader(Counted()))), plain,
+                               rtol=1e-5, atol=5e-6)  # fmt: skip
+    cache.detach()
+
+
+def test_autocast_around_the_forward_pass(library: Library) -> None:
+    """bfloat16 rounds by the company of a sample, so losses agree to its precision only."""
+
+    def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores = model(batch[0])
+        assert scores.dtype == torch.bfloat16
+        return nn.functional.cross_entropy(scores.float(), batch[1]), batch[1]
+
+    plain = train(net(), seeded_loader(Counted()), step)
+    model = net()
+    cache = cached(library, model=model)
+    mine = train(model, cache.loader(seeded_loader(Counted())), step)
+    torch.testing.assert_close(mine.losses, plain.losses, rtol=2e-2, atol=2e-2)
+    assert cache.report.replayed == 15
+    train(model, cache.loader(seeded_loader(Counted())), epochs=1)  # and without: other rows
+    assert cache.report.filled_rows == 2 * SAMPLES
+    cache.detach()
+
+
+def test_a_model_inside_another(library: Library) -> None:
+    def make() -> nn.Sequential:
+        inner = net()
+        torch.manual_seed(1)
+        return nn.Sequential(inner, nn.Linear(CLASSES, CLASSES))
+
+    plain = train(make(), seeded_loader(Counted()))
+    for whole in (False, True):
+        model = make()
+        cache = cached(library, model=model if whole else model[0])
+        assert_same(train(model, cache.loader(seeded_loader(Counted()), name="x")), plain)
+        cache.detach()
+        assert cache.report.replayed == 15
+
+
+def test_two_models_share_a_loader(library: Library) -> None:
+    def step(other: nn.Module) -> Step:
+        def both_models(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            x, y = batch
+            wanted = other(x).softmax(1)
+            return nn.functional.cross_entropy(model(x), y) + (model(x) * wanted).mean(), y
+
+        return both_models
+
+    plain = train(net(), seeded_loader(Counted()), step(net(9)))
+    model, other = net(), net(9)
+    cache, its_own = cached(library, model=model), cached(library, model=other)
+    loader = cache.loader(seeded_loader(Counted()))
+    its_own.attach()
+    assert_same(train(model, loader, step(other)), plain)
+    assert cache.report.replayed == 30
+    assert its_own.report.replayed == 15
+    cache.detach()
+    its_own.detach()
+
+
+def test_the_model_can_be_copied_and_saved_while_attached(library: Library) -> None:
+    model, plain = net(), net()
+    cache = cached(library, model=model)
+    loader = cache.loader(seeded_loader(Counted()))
+    for x, _ in loader:
+        model(x)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    twin = copy.deepcopy(model)
+    before = cache.report.batches
+    for x, _ in loader:
+        torch.manual_seed(0)
+        mine = model(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(twin(x), mine, rtol=1e-5, atol=1e-6)
+    assert cache.report.batches == before + 5
+    cache.detach()
+    assert "forward" not in vars(model)
+    assert "forward" not in vars(twin)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_in_the_forward_pass(error: type[BaseException], library: Library) -> None:
+    def run(model: nn.Module, loader: Any) -> Trace:
+        bad = iter([False] * 3 + [True] + [False] * 100)
+
+        class Trap(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                if self.armed and next(bad):
+                    raise error("now")
+                return x
+
+        model.head = nn.Sequential(model.head, Trap())
+        model.head[1].armed = False
+        for batch in loader:  # the cache looks at the model here
+            pair(model, batch)
+        model.head[1].armed = True
+        with pytest.raises(error, match="now"):
+            train(model, loader, epochs=1)
+        model.head[1].armed = False
+        return train(model, loader, epochs=2)
+
+    def step(model: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        return model
+
+    plain = run(step(net()), seeded_loader(Counted()))
+    model = step(net())
+    cache = cached(library, model=model)
+    torch.manual_seed(0)
+    mine = run(model, cache.loader(seeded_loader(Counted())))
+    cache.detach()
+    assert_same(mine, plain)
+    assert cache.report.replayed >= 15
+
+
+def test_leaving_an_epoch_early(library: Library) -> None:
+    model, plain = net(), net()
+    cache = cached(library, model=model)
+    mine, theirs = cache.loader(seeded_loader(Counted())), seeded_loader(Counted())
+    found = []
+    for m, loader in ((model, mine), (plain, theirs)):
+        torch.manual_seed(2)
+        found.append([])
+        for _ in range(3):
+            for number, batch in enumerate(loader):
+                found[-1].append(pair(m, batch)[0].detach())
+                if number == 2:
+                    break
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    cache.detach()
+
+
+def test_after_detaching_batches_are_plain(library: Library) -> None:
+    model = net()
+    cache = cached(library, model=model)
+    loader = cache.loader(seeded_loader(Counted()))
+    with cache.attached():
+        train(model, loader, epochs=1)
+    assert all(type(x) is Tensor for x, _ in loader)
+    assert "forward" not in vars(model)
+    assert_same(train(net(), loader), train(net(), seeded_loader(Counted())), exact=True)
+
+
+def test_detaching_in_the_middle_of_an_epoch(library: Library) -> None:
+    model = net()
+    cache = cached(library, model=model)
+    for number, (x, y) in enumerate(cache.loader(seeded_loader(Counted()))):
+        if number == 2:
+            cache.detach()
+        assert model(x).shape == (len(y), CLASSES)
+        assert (type(x) is Tensor) == (number > 2)
+
+
+def test_trainers_find_what_they_read_of_a_loader(library: Library) -> None:
+    class Told(Sampler[int]):
+        epoch = -1
+
+        def __len__(self) -> int:
+            return SAMPLES
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(SAMPLES))
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    sampler, data = Told(), Counted()
+    plain = seeded_loader(data, shuffle=False, sampler=sampler)
+    loader = cached(library, model=net()).loader(plain)
+    assert len(loader) == len(plain)
+    assert loader.dataset is data
+    assert (loader.batch_size, loader.sampler, loader.drop_last) == (16, sampler, False)
+    loader.set_epoch(4)
+    assert sampler.epoch == 4
+    with pytest.raises(AttributeError, match="colour"):
+        loader.colour  # noqa: B018
+
+
+def test_a_data_parallel_model_is_refused() -> None:
+    with pytest.raises(FrontierError, match="DistributedDataParallel"):
+        FrontierCache(nn.DataParallel(net()))
+
+
+def test_a_loader_that_iterates_by_itself_is_refused(library: Library) -> None:
+    with pytest.raises(FrontierError, match="DataLoader"):
+        cached(library, model=net()).loader([1, 2])  # type: ignore[arg-type]
+
+
+def test_a_model_called_by_another_method_is_said_to_be_uncached(library: Library) -> None:
+    def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        stem = model.stem(batch[0])
+        return nn.functional.cross_entropy(model.head(model.middle(stem)), batch[1]), batch[1]
+
+    cache = both(library, Counted, step, exact=True)
+    assert any("no batch reached" in note for note in cache.report.notes)
+
+
+def test_a_hugging_face_model_with_labels_in_the_batch(library: Library) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(
+            BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                       intermediate_size=64, num_labels=CLASSES, max_position_embeddings=32)
+        )  # fmt: skip
+        model.train()
+        frostline.freeze(model, "bert.embeddings* | bert.encoder.layer.0.*")
+        return model
+
+    def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        batch = {key: value.to("cpu") for key, value in batch.items()}
+        return model(**batch).loss, batch["labels"]
+
+    def gather(samples: list[Any]) -> dict[str, Tensor]:
+        found = pad(samples)
+        return {"input_ids": found["ids"], "attention_mask": found["mask"].long(),
+                "labels": found["labels"]}  # fmt: skip
+
+    cache = both(library, Texts, step, make=make, collate_fn=gather)
+    assert cache.report.replayed == 15
+
+
+RANK = '''
+import sys
+sys.path[:0] = {paths!r}
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
+from frontier.test_loader import Counted, net, seeded_loader
+import frostline
+from frostline.frontier.library import Library
+
+rank, world, use = int(sys.argv[1]), int(sys.argv[2]), sys.argv[4] == "cached"
+torch.distributed.init_process_group(
+    "gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=world)
+model = DistributedDataParallel(net())
+data = Counted()
+sampler = DistributedSampler(data, world, rank, seed=1)
+loader = seeded_loader(data, batch_size=5, shuffle=False, sampler=sampler)
+if use:
+    cache = frostline.FrontierCache(model, Library(sys.argv[5]), min_gain=-1e9)
+    loader = cache.loader(loader)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+torch.manual_seed(rank)
+losses = []
+for epoch in range(2):
+    sampler.set_epoch(epoch)
+    for x, y in loader:
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+report = vars(cache) and cache.report if use else None
+print("RESULT", repr((losses, [p.sum().item() for p in model.parameters()],
+      (report.filled_rows, report.replayed, report.batches) if use else None)))
+torch.distributed.destroy_process_group()
+'''
+
+
+def distributed(place: Path, world: int, kind: str) -> list[Any]:
+    paths = [str(Path(__file__).parents[1])]
+    rendezvous = place / f"meet-{world}-{kind}-{len(list(place.iterdir()))}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK.format(paths=paths), str(rank), str(world),
+             str(rendezvous), kind, str(place / "stores")],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    results = []
+    for process in running:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        results.append(eval(out.partition("RESULT ")[2]))  # noqa: S307  our own numbers
+    return results
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_share_their_rows(tmp_path: Path) -> None:
+    plain, shared = distributed(tmp_path, 2, "plain"), distributed(tmp_path, 2, "cached")
+    for (losses, sums, _), (mine, its, _) in zip(plain, shared, strict=True):
+        np.testing.assert_allclose(mine, losses, rtol=1e-5)
+        np.testing.assert_allclose(its, sums, rtol=1e-5, atol=1e-5)
+    for _, _, (_, replayed, batches) in shared:
+        assert replayed == batches == 16
+    for world in (1, 3):
+        again = distributed(tmp_path, world, "cached")
+        assert [counts[0] for *_, counts in again] == [0] * world
+        alone = distributed(tmp_path, world, "plain")
+        for (losses, *_), (mine, *_) in zip(alone, again, strict=True):
+            np.testing.assert_allclose(mine, losses, rtol=1e-5)
