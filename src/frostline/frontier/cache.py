@@ -38,7 +38,7 @@ from frostline.frontier.finding import batch_size, close, rows_of
 from frostline.frontier.key import unknown
 from frostline.frontier.library import Library
 from frostline.frontier.parts import region_key
-from frostline.frontier.region import Region, ReplayDiverged, Slot, find_region
+from frostline.frontier.region import Region, ReplayDiverged, Slot, difference, find_region
 from frostline.frontier.side import skeleton
 from frostline.frontier.standin import Node, StandIn, stand_in, with_values
 from frostline.frontier.store import Column, Store
@@ -556,7 +556,7 @@ class FrontierCache:
             with leave_untouched(self._root):
                 stored = {name: value[few] for name, value in values.items()}
                 output = use.region.run(real, stored, forward=forward)
-        if (wrong := _difference(full, output)) is not None:
+        if (wrong := difference(full, output)) is not None:
             raise FrontierError(
                 "replay the frozen region",
                 found=f"{wrong}; {self._culprit(use, real, stored)}",
@@ -961,18 +961,3 @@ def _padded_to(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     cut = tuple(slice(0, min(a, b)) for a, b in zip(value.shape, shape, strict=True))
     out[cut] = value[cut]
     return out
-
-
-def _difference(one: Any, other: Any) -> str | None:
-    """What two outputs of a model differ in beyond rounding, in words; None if in nothing."""
-    a = [x for x in leaves_of(one).items if isinstance(x, Tensor)]
-    b = [x for x in leaves_of(other).items if isinstance(x, Tensor)]
-    if len(a) != len(b):
-        return f"{len(b)} tensors come out where the full forward pass gives {len(a)}"
-    for place, (x, y) in enumerate(zip(a, b, strict=True)):
-        if x.shape != y.shape:
-            return f"output {place} has shape {tuple(y.shape)}, not {tuple(x.shape)}"
-        if not close(x.detach(), y.detach()):
-            worst = float((x.detach().double() - y.detach().double()).abs().max())
-            return f"output {place} is off by {worst:.3g}"
-    return None

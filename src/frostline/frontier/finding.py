@@ -30,6 +30,7 @@ from frostline.frontier.structure import attributes_of, leaves_of, map_leaves
 from frostline.frontier.taint import Looks, Taint
 
 __all__ = [
+    "LENIENCE",
     "Found",
     "Pattern",
     "Recording",
@@ -41,8 +42,11 @@ __all__ = [
     "tolerance",
 ]
 
-#: Largest difference between a sample's values in two batches, as a share of the largest value.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+#: Largest difference between a sample's values in two batches, as a share of the largest value:
+#: what other company does to the rounding of matrix products, and some room.
+_TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+#: How much more may have come together where outputs of whole models are compared.
+LENIENCE = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +242,8 @@ def analyse(
     one: Recording,
     others: Sequence[tuple[Recording, Sequence[tuple[int, int]]]],
     split: Collection[str] = (),
+    *,
+    common: bool = False,
 ) -> Found:
     """What to skip, what to store and what to compute again.
 
@@ -247,24 +253,29 @@ def analyse(
         others: recordings of another number of samples, in other company; with each the pairs of
             (place in `one`, place there) of the same samples.
         split: names of modules that must be skipped by themselves, not inside a larger one.
+        common: whether some sample is in all recordings. Then a value that is the same in all of
+            them may still be one of this sample's, and none is taken for a constant.
 
     Raises:
         FrontierError: the recordings differ in more than numbers, or a frozen value was
             overwritten through another tensor.
     """
-    patterns: dict[int, Pattern] | None = None
-    for other, shared in others:
+    for other, _ in others:
         _check_same_path(one.recorder, other.recorder)
-        found = _patterns(one, other, shared)
-        kept = {n: p for n, p in found.items() if patterns is None or patterns.get(n) == p}
-        patterns = kept
-    patterns = patterns or {}
     other = others[0][0]
+    shapes = _shapes(one, other)
+    patterns = {
+        number: pattern
+        for number, pattern in shapes.items()
+        if (pattern.dim >= 0 or not common)
+        and all(_agrees(number, pattern, one, twin, shared) for twin, shared in others)
+    }
     unfit: dict[int, str] = {}
     while True:
         chosen = _choose(one.recorder.calls, unfit, frozenset(split))
         try:
             script = _script(model, one, chosen)
+            _compute_at_once(script, shapes, one.recorder)
             _mark_varying(script, other.recorder)
             slots, constants, needed = _slots(script, patterns, one.recorder)
         except _Unfit as error:
@@ -292,14 +303,13 @@ def _check_same_path(one: Recorder, other: Recorder) -> None:
         )
 
 
-def _patterns(
-    one: Recording, other: Recording, shared: Sequence[tuple[int, int]]
-) -> dict[int, Pattern]:
+def _shapes(one: Recording, other: Recording) -> dict[int, Pattern]:
+    """Where the samples would be, by shape alone; absent where the shape depends on values."""
     found: dict[int, Pattern] = {}
     for number, value in one.recorder.values.items():
         twin = other.recorder.values[number]
         pattern = _pattern(value, twin, one.samples, other.samples)
-        if pattern is not None and _agrees(pattern, value, twin, one, other, shared):
+        if pattern is not None:
             found[number] = pattern
     return found
 
@@ -319,15 +329,18 @@ def _pattern(value: Tensor, twin: Tensor, samples: int, others: int) -> Pattern 
 
 
 def _agrees(
+    number: int,
     pattern: Pattern,
-    value: Tensor,
-    twin: Tensor,
     one: Recording,
     other: Recording,
     shared: Sequence[tuple[int, int]],
 ) -> bool:
+    """Whether a value belongs to its samples alone, or is the same for all."""
+    value, twin = one.recorder.values[number], other.recorder.values[number]
     if pattern.dim < 0:
         return _equal_bits(value, twin)
+    if _pattern(value, twin, one.samples, other.samples) != pattern:
+        return False
     a, b = pattern.split(value, one.samples), pattern.split(twin, other.samples)
     return all(close(a[i], b[j]) for i, j in shared)
 
@@ -338,11 +351,11 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def close(one: Tensor, other: Tensor) -> bool:
-    """Whether two computations of one value agree within `tolerance`."""
+def close(one: Tensor, other: Tensor, *, lenience: float = 1.0) -> bool:
+    """Whether two computations of one value agree within `lenience` times `tolerance`."""
     if one.shape != other.shape:
         return False
-    allowed = tolerance(one.dtype if not one.dtype.is_complex else torch.float32)
+    allowed = lenience * tolerance(one.dtype if not one.dtype.is_complex else torch.float32)
     if not allowed:
         return bool(torch.equal(one, other))
     a, b = (torch.nan_to_num(t.to(torch.complex128 if t.is_complex() else torch.float64))
@@ -430,6 +443,17 @@ def _escaped(recorder: Recorder, number: int, chosen: set[int]) -> Exception:
         found="a value of unknown origin",
         fix="nothing to do: the full forward pass is taken",
     )
+
+
+def _compute_at_once(script: Script, shapes: Collection[int], recorder: Recorder) -> None:
+    """What has a shape that only its values tell is computed, never made up."""
+    for entry in script.entries:
+        if all(number in shapes for number in entry.made):
+            continue
+        if entry.verdict is Verdict.CALL:
+            raise _Unfit(_index(recorder, entry), "returns tensors whose shape depends on values")
+        if entry.verdict is Verdict.GLUE:
+            entry.verdict = Verdict.EAGER
 
 
 def _mark_varying(script: Script, other: Recorder) -> None:

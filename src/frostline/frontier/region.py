@@ -31,10 +31,12 @@ from frostline.backends.torch.example import Example
 from frostline.backends.torch.tracing import leave_untouched
 from frostline.errors import FrontierError
 from frostline.frontier.finding import (
+    LENIENCE,
     Found,
     Pattern,
     analyse,
     batch_size,
+    close,
     record,
     rows_of,
 )
@@ -49,18 +51,24 @@ from frostline.frontier.sessions import (
     overridden,
     real_leaves,
 )
-from frostline.frontier.state import Settings, hook_tables, is_foreign
+from frostline.frontier.state import (
+    Settings,
+    hook_tables,
+    ignoring_known_hooks,
+    is_foreign,
+)
 from frostline.frontier.structure import leaves_of, map_leaves, tensors_of
 from frostline.frontier.taint import KeptWrites
 
-__all__ = ["Ending", "Region", "ReplayDiverged", "Slot", "find_region"]
+__all__ = ["Ending", "Region", "ReplayDiverged", "Slot", "difference", "find_region"]
 
 #: Floating-point operations done in the time in which a stored byte is read, about: 20 GFLOP/s on
 #: one core against 1 GB/s, checksum included.
 _WORK_PER_BYTE = 20
-#: Pairs of samples for further recordings, which must take the same path as the first: two of
-#: them, so that no sample has the same company in all.
-_PAIRS = (((2, 0), (0, 1)), ((1, 0), (2, 1)), ((2, 0), (1, 2)))
+#: Pairs of samples for further recordings, which must take the same path as the first. No sample
+#: has the same company in all, none is in all of them (of four samples), and ranks change.
+_PAIRS = (((2, 0), (3, 1)), ((1, 0), (3, 2)), ((2, 1), (3, 0)))
+_PAIRS_OF_THREE = (((2, 0), (0, 1)), ((1, 0), (2, 1)), ((2, 0), (1, 2)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +147,63 @@ def find_region(
             found=f"a batch of {size}, in which samples cannot be told apart",
             fix="a batch of at least 3 samples",
         )
+    example = rows_of(example, range(min(4, size)))
     failures: list[FrontierError] = []
-    for pairs in _PAIRS:
+    pairs = _PAIRS if size > 3 else _PAIRS_OF_THREE
+    # Hooks known to be harmless are ignored, unless the rehearsal shows that they do something.
+    for attempt, ignore in (
+        (pairs[0], True),
+        (pairs[0], False),
+        (pairs[1], True),
+        (pairs[2], True),
+    ):
         try:
-            with leave_untouched(root) as keep:
-                return _find(root, example, pairs, keep, split, live)
+            with leave_untouched(root) as keep, ignoring_known_hooks(ignore):
+                region = _find(root, example, attempt, keep, split, live)
+            rehearse(region, example)
         except FrontierError as error:
             failures.append(error)
+        else:
+            return region
     raise failures[0]
+
+
+def rehearse(region: Region, example: Example) -> None:
+    """Run the model with and without its frozen part on a few samples, and compare everything.
+
+    Outputs, and the gradients of a loss over them, must agree. The model is left as it was.
+
+    Raises:
+        FrontierError: they do not; says in what.
+    """
+    rows = region.fill(example)
+    full = region.observed(lambda own: region.root(*own.args, **own.kwargs), example)
+    replay = region.observed(lambda own: region.run(own, rows), example)
+    if (wrong := difference(full, replay)) is not None:
+        raise FrontierError(
+            "replay the frozen region",
+            found=f"the rehearsal on {batch_size(example)} samples went wrong: {wrong}",
+            fix="nothing to do: the full forward pass is taken",
+        )
+
+
+def difference(one: Any, other: Any) -> str | None:
+    """What two outputs of a model differ in beyond rounding, in words; None if in nothing."""
+    a, b = leaves_of(one).items, leaves_of(other).items
+    if len(a) != len(b):
+        return f"{len(b)} values come out where the full forward pass gives {len(a)}"
+    for place, (x, y) in enumerate(zip(a, b, strict=True)):
+        if isinstance(x, Tensor) != isinstance(y, Tensor):
+            return f"output {place} is a {type(y).__name__}, not a {type(x).__name__}"
+        if not isinstance(x, Tensor):
+            if isinstance(x, (int, float, str)) and x != y:
+                return f"output {place} is {y!r}, not {x!r}"
+        elif x.shape != y.shape:
+            return f"output {place} has shape {tuple(y.shape)}, not {tuple(x.shape)}"
+        elif not close(x.detach(), y.detach(), lenience=LENIENCE):
+            worst = float((x.detach().double() - y.detach().double()).abs().max())
+            return f"output {place} is off by {worst:.3g}"
+    return None
 
 
 def _find(
@@ -164,7 +221,10 @@ def _find(
             root(*own.args, **own.kwargs)  # modules swapped and caches filled at the first pass
         one = record(root, three, keep, live)
         others = [
-            (record(root, rows_of(example, pair), keep, live), [(s, i) for i, s in enumerate(pair)])
+            (
+                record(root, rows_of(example, pair), keep, live),
+                [(sample, place) for place, sample in enumerate(pair) if sample < 3],
+            )
             for pair in pairs
         ]
     except FrontierError:
@@ -175,7 +235,7 @@ def _find(
             found=f"{type(error).__name__}: {_first_line(error)}",
             fix="nothing to do: the full forward pass is taken",
         ) from error
-    found = analyse(root, one, others, split)
+    found = analyse(root, one, others, split, common=batch_size(example) == 3)
     tape = _Tape(
         dict(one.recorder.specs),
         {n: one.recorder.values[n] for n in found.constants},
@@ -231,7 +291,6 @@ class Region:
         self._may_look = any(
             e.verdict in (Verdict.LOOK, Verdict.EAGER) for e in found.script.entries
         )
-        self._live_first = self._live_before_last_slot()
         self._with_grad = torch.is_grad_enabled()
         self._keeps = [(vars(root.get_submodule(name)), key) for name, key in recorder.kept]
         self._hooked = {
@@ -319,6 +378,34 @@ class Region:
         meta = tape.specs[slot.number].meta()
         return tuple(slot.pattern.split(meta, tape.samples).shape[1:])
 
+    @property
+    def root(self) -> nn.Module:
+        """The model."""
+        return self._root
+
+    def observed(self, run: Callable[[Example], Any], example: Example) -> Any:
+        """What a pass gives, gradients included, leaving the model and random streams as they are.
+
+        Returns:
+            (output, gradients of the trained parameters); the latter None where nothing trains.
+
+        Raises:
+            FrontierError: the pass failed.
+        """
+        own = rows_of(example, range(batch_size(example)))
+        with leave_untouched(self._root):
+            try:
+                output = run(own)
+                return output, _gradients(output, self._root)
+            except FrontierError:
+                raise
+            except Exception as error:
+                raise FrontierError(
+                    "rehearse the replay of the frozen region",
+                    found=f"{type(error).__name__}: {_first_line(error)}",
+                    fix="nothing to do: the full forward pass is taken",
+                ) from error
+
     # -- compute -----------------------------------------------------------------------------
 
     def fill(self, example: Example) -> dict[str, Tensor]:
@@ -342,7 +429,7 @@ class Region:
     def _filled(self, example: Example) -> tuple[dict[int, Tensor], Filler]:
         wanted = frozenset(self._by_number) | self._found.constants
         filler = Filler(self._found.script, wanted, stop=True)
-        with self._guard(), torch.set_grad_enabled(self._with_grad):
+        with leave_untouched(self._root), torch.set_grad_enabled(self._with_grad):
             self._go(example, filler)
         if missing := wanted - filler.kept.keys():
             raise ReplayDiverged(
@@ -366,8 +453,11 @@ class Region:
         try:
             with overridden(self._modules, session.call), hooks_on_values(self._hooked):
                 self._root(*args, **kwargs)
-        except AllFilled:
-            pass
+        except (AllFilled, FrontierError) as end:
+            if isinstance(end, FrontierError):
+                raise
+        except Exception as error:
+            raise _failed("fill", error) from error
         finally:
             session.open = False
 
@@ -422,7 +512,7 @@ class Region:
         session = Refiller(self._found.script, get, metas, frozenset(self._by_number))
         args, kwargs = self._stand_ins(example, session)
         with (
-            self._guard(),
+            leave_untouched(self._root),
             torch.set_grad_enabled(self._with_grad),
             overridden(self._modules, session.call),
             hooks_on_values(self._hooked),
@@ -507,11 +597,7 @@ class Region:
             except FrontierError:
                 raise
             except Exception as error:  # the full forward pass will tell if it is the model's own
-                raise ReplayDiverged(
-                    "replay the frozen region",
-                    found=f"{type(error).__name__}: {_first_line(error)}",
-                    fix="nothing to do: this batch takes the full forward pass",
-                ) from error
+                raise _failed("replay", error) from error
             finally:
                 session.open = False
         return output
@@ -623,21 +709,6 @@ class Region:
             wanted.difference_update(entry.made)
         return after
 
-    def _live_before_last_slot(self) -> bool:
-        """Whether something live runs before all slots are known."""
-        wanted = {n for n in self._by_number if n >= self._found.script.inputs}
-        for entry in self._found.script.entries:
-            if not wanted:
-                return False
-            if entry.verdict is Verdict.LIVE:
-                return True
-            wanted.difference_update(entry.made)
-        return False
-
-    def _guard(self) -> Any:
-        """What keeps a fill from changing the model; dear only where live parts run in it."""
-        return leave_untouched(self._root) if self._live_first else _still_streams()
-
     @contextmanager
     def undoing(self) -> Iterator[Callable[[], None]]:
         """Put random streams and buffers back on divergence, or when the yielded function says."""
@@ -662,13 +733,6 @@ class Region:
         except ReplayDiverged:
             undo()
             raise
-
-
-@contextmanager
-def _still_streams() -> Iterator[None]:
-    """Put PyTorch's random streams back; Python's and NumPy's do not move in frozen work."""
-    with torch.random.fork_rng():
-        yield
 
 
 class _Metas:
@@ -706,6 +770,29 @@ def _fitted(value: Tensor, shape: tuple[int, ...]) -> Tensor:
             pad[dim] = want - have
             value = torch.cat([value, value.new_zeros(pad)], dim)
     return value
+
+
+def _gradients(output: Any, model: nn.Module) -> list[Tensor | None] | None:
+    """Gradients of a loss that weighs every number of the output differently."""
+    outputs = [t for t in tensors_of(output) if t.requires_grad and t.is_floating_point()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not outputs or not trained:
+        return None
+    loss = torch.stack(
+        [
+            (t.float() * torch.arange(t.numel(), device=t.device).sin().reshape(t.shape)).sum()
+            for t in outputs
+        ]
+    ).sum()
+    return list(torch.autograd.grad(loss, trained, allow_unused=True))
+
+
+def _failed(what: str, error: Exception) -> ReplayDiverged:
+    return ReplayDiverged(
+        f"{what} the frozen region",
+        found=f"{type(error).__name__}: {_first_line(error)}",
+        fix="nothing to do: this batch takes the full forward pass",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -59,7 +59,7 @@ Forward = Callable[..., Any]
 #: Why most modules are not skipped: nothing to say about it.
 TRAINS = "uses what trains"
 NO_SAMPLE = "returns a tensor that depends on no sample"
-_BLANK = torch.empty(0, device="meta")
+_BLANK = torch.empty(0)
 SET_GRAD = getattr(Tensor, "requires_grad").__set__  # noqa: B009  a property on the class
 WANTS_GRAD = frozenset({Tensor.requires_grad_, SET_GRAD})
 
@@ -340,7 +340,6 @@ class Recorder:
                   calls=tuple(self._stack))
         )  # fmt: skip
         node.grad = bool(wanted)
-        self.grads.add(node.id)
         return None if func == SET_GRAD else args[0]
 
     def _rebind(self, found: Sequence[StandIn], place: int) -> tuple[int, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,7 +13,14 @@ from torch import Tensor, nn
 
 from frostline.frontier.standin import StandIn, version_of
 
-__all__ = ["Settings", "foreign_hooks", "hook_tables", "is_foreign", "state_of"]
+__all__ = [
+    "Settings",
+    "foreign_hooks",
+    "hook_tables",
+    "ignoring_known_hooks",
+    "is_foreign",
+    "state_of",
+]
 
 #: How deep changes are looked for; a cache of keys and values is five levels down.
 _DEPTH = 7
@@ -20,7 +29,9 @@ _PLAIN = (int, float, complex, bool, str, bytes, type(None), type, slice, range)
 #: Our own override, the switch of hooks, and autograd's own bookkeeping.
 _OURS = frozenset({"forward", "_is_hf_initialized"})
 #: Hooks that do nothing to values: transformers' collectors of outputs, our own probes.
-_HARMLESS = ("frostline.", "transformers.utils.output_capturing")
+_OWN = ("frostline.",)
+_HARMLESS = (*_OWN, "transformers.utils.output_capturing")
+_known_are_ignored: ContextVar[bool] = ContextVar("_known_are_ignored", default=True)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -86,7 +97,17 @@ def foreign_hooks(module: nn.Module) -> str | None:
 def is_foreign(hook: Any) -> bool:
     """Whether a hook is the user's, which may read values, change them or keep them."""
     home = getattr(hook, "__module__", None) or type(hook).__module__
-    return not str(home).startswith(_HARMLESS)
+    return not str(home).startswith(_HARMLESS if _known_are_ignored.get() else _OWN)
+
+
+@contextmanager
+def ignoring_known_hooks(ignore: bool) -> Iterator[None]:
+    """Whether collectors of other libraries, mostly idle, count as harmless inside the block."""
+    token = _known_are_ignored.set(ignore)
+    try:
+        yield
+    finally:
+        _known_are_ignored.reset(token)
 
 
 def hook_tables(module: nn.Module) -> Iterator[dict[int, Any]]:
