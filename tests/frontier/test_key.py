@@ -251,6 +251,9 @@ CHANGES: dict[str, Callable[[Branchy], object]] = {
     "a forward of its own": lambda m: _own_forward(m.stem[2]),
     "dropout of a passed module": lambda m: setattr(m.drop, "p", 0.2),
     "compilation": lambda m: m.stem.compile(),
+    "the same bits as another dtype": lambda m: m.stem[1].register_buffer(
+        "num_batches_tracked", m.stem[1].num_batches_tracked.view(torch.float64)
+    ),
 }
 
 
@@ -702,7 +705,7 @@ DIFFERENT: list[Callable[[], object]] = [
     lambda: None, lambda: True, lambda: 1, lambda: 1.0, lambda: 1j, lambda: "1", lambda: b"1",
     lambda: Number(1), lambda: Number(2), lambda: 2**70, lambda: 2**71, lambda: float("nan"),
     lambda: float("inf"), lambda: 0.0, lambda: -0.0, lambda: "é", lambda: "\ud800",
-    list, tuple, dict, set, frozenset, lambda: [1, 2],
+    lambda: {"a", "b", "c", "d"}, list, tuple, dict, set, frozenset, lambda: [1, 2],
     lambda: [2, 1], lambda: (1, 2), lambda: Pair(1, 2), lambda: [[1], 2], lambda: [[1, 2]],
     lambda: {"a": 1, "b": 2}, lambda: {"b": 2, "a": 1}, lambda: {1: "a"}, lambda: {"1": "a"},
     lambda: {1, 2}, lambda: {1, 3}, lambda: OrderedDict(a=1), lambda: Mapped(a=1),
@@ -767,6 +770,15 @@ def test_the_place_of_what_is_unknown_is_told():
     with model.stem[0].source:
         reasons = key_of(model).unknown
     assert reasons == ("structure.stem.0: an _io.TextIOWrapper as source",)
+
+
+def test_what_is_unknown_is_told_wherever_it_is_used():
+    model = branchy()
+    model.stem[0].stream = model.stem[2].stream = (x for x in ())
+    assert key_of(model).unknown == (
+        "structure.stem.0: a generator as stream",
+        "structure.stem.2: a generator as stream",
+    )
 
 
 def test_shared_values_are_described_once_and_large_ones_refused(monkeypatch):

@@ -312,7 +312,6 @@ class Describer:
             "settings": self._attributes(own, skip),
             "hooks": self._all(_hooks(module)),
             "children": [name for name, _ in module.named_children()],
-            "compiled": own.get("_compiled_call_impl") is not None,
         }
 
     def _loose_module(self, module: nn.Module) -> Any:
