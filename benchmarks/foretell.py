@@ -473,7 +473,7 @@ def table(log: Mapping[str, Any]) -> str:
         "",
         __doc__.partition("\n\n")[2].partition("\n\n")[0].replace("\n", " "),
         (
-            f"Least of {STEPS} steps or more. The error is foretold / measured - 1. Depths marked * "
+            f"Least of {STEPS} steps or more. The error is foretold / measured - 1. Depths with * "
             "are those at which the prediction ran steps itself; others lie between two of these."
         ),
         "",

@@ -227,11 +227,17 @@ def test_the_model_is_left_as_it_was_to_the_bit(*, measured: bool, training: boo
 def test_the_plan_of_a_frozen_model_is_left_in_force() -> None:
     model, groups = widths()
     plan = freeze(model, "a.*", groups=groups)
-    before = picture(model)
-    found = foretell_steps(model, groups, batch(), times=1)
+    before, trained = picture(model), set()
+
+    def loss(output: Any) -> Tensor:
+        trained.add(model.get_parameter("a.weight").requires_grad)
+        return any_loss(output)
+
+    found = foretell_steps(model, groups, batch(), Recipe(loss=loss), times=1)
     assert picture(model) == before
     assert applied_plan(model) == (groups, plan)
     # The plan is set aside meanwhile: with nothing frozen, everything trains.
+    assert trained == {True, False}
     steps = [c.saved_bytes for c in found.depths]
     assert steps == sorted(steps, reverse=True)
     assert len(set(steps)) == len(steps)

@@ -13,6 +13,7 @@ first epoch with the filling of the cache in it, and after how many epochs the c
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import tempfile
@@ -438,6 +439,8 @@ class _Found:
         """Steps without the cache."""
         stage = self._stage
         stage.freeze(depth)
+        with contextlib.suppress(OSError):
+            stage.memory.forget()
         self.step[depth] = stage.seconds(stage.step, times=self._times)
         grown = stage.memory.read()
         if grown is not None:

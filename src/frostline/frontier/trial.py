@@ -230,15 +230,25 @@ class PeakGrowth:
 
     def start(self) -> None:
         """Take the present use as the zero."""
-        _give_back_freed_memory()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._start = torch.cuda.memory_allocated(self.device)
-            return
         self._start = None
         with contextlib.suppress(OSError, KeyError):
-            Path("/proc/self/clear_refs").write_text("5")
-            self._start = _own_status()["VmRSS"]
+            self.forget()
+            on_device = self.device.type == "cuda"
+            self._start = (
+                torch.cuda.memory_allocated(self.device) if on_device else _own_status()["VmRSS"]
+            )
+
+    def forget(self) -> None:
+        """Forget the peak so far; the zero stays.
+
+        Raises:
+            OSError: the kernel does not let its mark be reset.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        _give_back_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int | None:
         """Bytes since `start`, None where they cannot be known."""
