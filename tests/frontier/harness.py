@@ -150,6 +150,20 @@ class Step:
     after: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class Reference:
+    """What the uncached twin left behind.
+
+    Attributes:
+        steps: one by one.
+        settled: the picture of the model after its first forward pass. Finding or filling may
+            move flags and tables to what that pass moves them to, as any first use would.
+    """
+
+    steps: list[Step]
+    settled: dict[str, Any]
+
+
 def compare(case: Case, depth: str, engine: Engine = real) -> Outcome:
     """Train both twins and say how they compare; see the module.
 
@@ -291,26 +305,28 @@ def _finish(case: Case, twin: Twin, output: Any, batch: Example) -> Step:
     return step
 
 
-def _reference(case: Case, depth: str) -> list[Step]:
+def _reference(case: Case, depth: str) -> Reference:
     twin = prepare(case, depth)
     steps: list[Step] = []
+    settled: dict[str, Any] = {}
     for number, indices in enumerate(order()):
         batch = case.take(twin.data, indices)
         with case.around():
             output = twin.model(*batch.args, **batch.kwargs)
+        settled = settled or picture(twin.model)
         steps.append(_finish(case, twin, output, batch))
         if case.between is not None:
             case.between(twin.model, number)
     total = sum(float(g.abs().sum()) for s in steps for g in s.gradients.values() if g is not None)
     if not math.isfinite(total) or total == 0:
         raise ValueError(f"the case {case.name!r} at {depth!r} has gradients that sum to {total}")
-    return steps
+    return Reference(steps, settled)
 
 
 class _Cached:
     """The cached twin and its comparison with the recorded steps."""
 
-    def __init__(self, case: Case, depth: str, engine: Engine, reference: list[Step]) -> None:
+    def __init__(self, case: Case, depth: str, engine: Engine, reference: Reference) -> None:
         self.case, self.depth, self.engine, self.reference = case, depth, engine, reference
         self.twin = prepare(case, depth)
         self.region: RegionLike | None = None
@@ -377,7 +393,7 @@ class _Cached:
         before = picture(model)
         with case.around():
             self.region = self.engine(model, first)
-        _same_picture(before, picture(model), "finding the region")
+        self._unmoved(before, "finding the region")
         if self.region.empty:
             return "empty: " + "; ".join(str(e) for e in self.region.ends)
         blocks = []
@@ -391,13 +407,13 @@ class _Cached:
                 _check(type(value) is Tensor, f"slot {name} is a {type(value).__name__}")
                 _check(not value.requires_grad, f"slot {name} requires grad")
             blocks.append({name: value.clone() for name, value in rows.items()})
-        _same_picture(before, picture(model), "filling the region")
+        self._unmoved(before, "filling the region")
         self.rows = Rows(blocks)
         return None
 
     def _train(self) -> None:
         twin, case = self.twin, self.case
-        for number, (indices, wanted) in enumerate(zip(order(), self.reference, strict=True)):
+        for number, (indices, wanted) in enumerate(zip(order(), self.reference.steps, strict=True)):
             batch = case.take(twin.data, indices)
             output, batch = self._forward(batch, indices)
             got = _finish(case, twin, output, batch)
@@ -416,7 +432,7 @@ class _Cached:
             with case.around():
                 output = self.region.run(batch, rows)
         except FrontierError as error:
-            _same_picture(before, picture(model), "leaving the replay")
+            self._unmoved(before, "leaving the replay")
             self.full.append(_line(error))
             untouched = leaves((case.take(self.twin.data, indices).args, {}))
             _check(
@@ -430,6 +446,13 @@ class _Cached:
             with case.around():
                 output = model(*batch.args, **batch.kwargs)
         return output, batch
+
+    def _unmoved(self, before: dict[str, Any], when: str) -> None:
+        after = picture(self.twin.model)
+        names = [n for n in {**before, **after} if not _same(before, after, n)]
+        settled = self.reference.settled
+        left = [n for n in names if not (n.startswith(SETTLES) and _same(settled, after, n))]
+        _check(not left, f"{when} moved {', '.join(left)}")
 
     def _judge(self, wanted: Step, got: Step, when: str) -> None:
         self._trees(wanted.output, got.output, f"{when}: output")
@@ -561,8 +584,10 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         found[f"{name}.training"] = module.training
         for key, value in vars(module).items():
-            if key in _MODULE or not isinstance(
-                value, (Tensor, int, float, str, list, tuple, dict, type(None))
+            if (
+                key in _MODULE
+                or key.startswith("_torchdynamo")
+                or not isinstance(value, (Tensor, int, float, str, list, tuple, dict, type(None)))
             ):
                 continue
             for path, leaf in leaves(value, f"{name}.{key}", objects=False):
@@ -611,15 +636,16 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _same_picture(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
-    _check(before.keys() == after.keys(), f"{when} moved {sorted(before.keys() ^ after.keys())}")
-    for name, value in before.items():
-        other = after[name]
-        if isinstance(value, Tensor) and isinstance(other, Tensor):
-            same = value.shape == other.shape and same_bits(value, other)
-        else:
-            same = type(value) is type(other) and value == other
-        _check(same, f"{when} moved {name}")
+def _same(one: dict[str, Any], other: dict[str, Any], name: str) -> bool:
+    a, b = one.get(name, _ABSENT), other.get(name, _ABSENT)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and same_bits(a, b)
+    return type(a) is type(b) and a == b
+
+
+_ABSENT = object()
+#: What may settle at the first use of a model.
+SETTLES = ("attribute", "class", "hooks", "own forward")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -629,6 +655,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().resolve_conj().resolve_neg()
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -637,7 +664,7 @@ def relative_error(wanted: Tensor, got: Tensor, floor: float) -> float:
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return math.inf
     kind = torch.cdouble if wanted.is_complex() else torch.double
-    a, b = wanted.detach().to(kind), got.detach().to(kind)
+    a, b = (t.detach().to_dense().to(kind) for t in (wanted, got))
     both = torch.isfinite(a) & torch.isfinite(b)
     if not torch.equal(torch.nan_to_num(a[~both]), torch.nan_to_num(b[~both])):
         return math.inf
@@ -648,7 +675,9 @@ def relative_error(wanted: Tensor, got: Tensor, floor: float) -> float:
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
+    if tensor is None:
+        return None
+    return tensor.detach().to_dense() if tensor.is_sparse else tensor.detach().clone()
 
 
 def _frozen_copy(value: Any) -> Any:

@@ -247,7 +247,7 @@ class LeavesMode(HandCut):
         self.model.last.eval()
 
 
-@planted("DIFFERENT", "filling the region moved ['attribute")
+@planted("DIFFERENT", "filling the region moved attribute last.seen")
 class LeavesAttribute(HandCut):
     def fill(self, example: Example) -> dict[str, Tensor]:
         vars(self.model.last)["seen"] = 1

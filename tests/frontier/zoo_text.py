@@ -175,13 +175,33 @@ def xlnet() -> Made:
 
 @case("GPT-2, tied language model", optimizer="adamw")
 def gpt2() -> Made:
-    config = hf.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=4, n_head=2)
+    return _gpt2(cache=False)
+
+
+@case("GPT-2, keys and values in the output", optimizer="adamw", hostile=True)
+def gpt2_cache() -> Made:
+    return _gpt2(cache=True)
+
+
+def _gpt2(*, cache: bool) -> Made:
+    config = hf.GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=32, n_layer=4, n_head=2, use_cache=cache
+    )
     return hf.GPT2LMHeadModel(config), tokens(mask=False)
 
 
 @case("Llama classifier", optimizer="adamw")
 def llama() -> Made:
-    config = hf.LlamaConfig(**SIZES, num_key_value_heads=1, pad_token_id=0)
+    return _llama(cache=False)
+
+
+@case("Llama classifier, keys and values in the output", optimizer="adamw", hostile=True)
+def llama_cache() -> Made:
+    return _llama(cache=True)
+
+
+def _llama(*, cache: bool) -> Made:
+    config = hf.LlamaConfig(**SIZES, num_key_value_heads=1, pad_token_id=0, use_cache=cache)
     return hf.LlamaForSequenceClassification(config), tokens()
 
 
@@ -202,7 +222,7 @@ ENCODER_DECODER: dict[str, Freeze] = {**prefixes(), **sets(encoder="*encoder*")}
 def t5() -> Made:
     config = hf.T5Config(
         vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2,
-        num_heads=2, decoder_start_token_id=0,
+        num_heads=2, decoder_start_token_id=0, use_cache=False,
     )  # fmt: skip
     return hf.T5ForConditionalGeneration(config), _pairs()
 
@@ -213,6 +233,7 @@ def bart() -> Made:
         vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
         max_position_embeddings=32, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        use_cache=False,
     )  # fmt: skip
     return hf.BartForConditionalGeneration(config), _pairs()
 
@@ -245,7 +266,7 @@ def whisper() -> Made:
         vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8,
         max_source_positions=12, max_target_positions=32, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, decoder_start_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1, use_cache=False,
     )  # fmt: skip
 
     def make(n: int, seed: int) -> Example:
