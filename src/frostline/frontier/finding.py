@@ -26,7 +26,7 @@ from frostline.frontier.sessions import (
     overridden,
 )
 from frostline.frontier.standin import StandIn, version_of
-from frostline.frontier.structure import attributes_of, leaves_of, map_leaves
+from frostline.frontier.structure import attributes_of, leaves_of, map_leaves, tensors_of
 from frostline.frontier.taint import Looks, Taint
 
 __all__ = [
@@ -123,7 +123,7 @@ def batch_size(example: Example) -> int:
     Raises:
         FrontierError: no tensor with a dimension.
     """
-    for tensor in tensors_in((example.args, dict(example.kwargs))):
+    for tensor in tensors_of((example.args, dict(example.kwargs))):
         if tensor.ndim:
             return len(tensor)
     raise FrontierError(
@@ -487,7 +487,10 @@ def _slots(
             return
         pattern, producer = patterns.get(number), script.producers.get(number)
         if producer is None:
-            slots.add(number)
+            if pattern is not None and pattern.dim >= 0:
+                slots.add(number)
+            else:  # not one per sample: taken from the batch, and compared with the recorded one
+                computed.add(number)
         elif pattern is not None and pattern.dim < 0:
             constants.add(number)
         elif producer.verdict is Verdict.CALL:

@@ -65,6 +65,8 @@ __all__ = ["Ending", "Region", "ReplayDiverged", "Slot", "difference", "find_reg
 #: Floating-point operations done in the time in which a stored byte is read, about: 20 GFLOP/s on
 #: one core against 1 GB/s, checksum included.
 _WORK_PER_BYTE = 20
+#: Samples that a region is found and rehearsed with.
+_REHEARSED = 4
 #: Pairs of samples for further recordings, which must take the same path as the first. No sample
 #: has the same company in all, none is in all of them (of four samples), and ranks change.
 _PAIRS = (((2, 0), (3, 1)), ((1, 0), (3, 2)), ((2, 1), (3, 0)))
@@ -147,7 +149,7 @@ def find_region(
             found=f"a batch of {size}, in which samples cannot be told apart",
             fix="a batch of at least 3 samples",
         )
-    example = rows_of(example, range(min(4, size)))
+    example = rows_of(example, range(min(_REHEARSED, size)))
     failures: list[FrontierError] = []
     pairs = _PAIRS if size > 3 else _PAIRS_OF_THREE
     # Hooks known to be harmless are ignored, unless the rehearsal shows that they do something.
@@ -291,6 +293,8 @@ class Region:
         self._may_look = any(
             e.verdict in (Verdict.LOOK, Verdict.EAGER) for e in found.script.entries
         )
+        self._largest = _REHEARSED
+        self._given = _given_alike(example)
         self._with_grad = torch.is_grad_enabled()
         self._keeps = [(vars(root.get_submodule(name)), key) for name, key in recorder.kept]
         self._hooked = {
@@ -419,12 +423,47 @@ class Region:
         Raises:
             ReplayDiverged: the model took another path than when it was recorded.
         """
+        self._check_given(example)
         kept, _ = self._filled(example)
         samples = batch_size(example)
+        if samples > self._largest:
+            self._check_company(example, kept)
         return {
             slot.name: slot.pattern.split(kept[slot.number], samples).contiguous()
             for slot in self.slots
         }
+
+    def _check_given(self, example: Example) -> None:
+        """What every sample is given alike must be what it was in the recording."""
+        given = _given_alike(example)
+        same = len(given) == len(self._given) and all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+            for a, b in zip(self._given, given, strict=True)
+        )
+        if not same:
+            raise ReplayDiverged(
+                "replay the frozen region",
+                found="an argument that is the same for all samples has another value",
+                fix="nothing to do: this batch takes the full forward pass",
+            )
+
+    def _check_company(self, example: Example, kept: Mapping[int, Tensor]) -> None:
+        """Compute a few rows of the largest batch so far again by themselves.
+
+        Raises:
+            FrontierError: a row depends on how many others there are, or on which.
+        """
+        samples = self._largest = batch_size(example)
+        few = sorted({0, samples // 2, samples - 1})
+        alone, _ = self._filled(rows_of(example, few))
+        for slot in self.slots:
+            whole = slot.pattern.split(kept[slot.number], samples)[few]
+            if not close(whole, slot.pattern.split(alone[slot.number], len(few))):
+                raise FrontierError(
+                    "store the frozen region by sample",
+                    found=f"the output of {slot.name!r} depends on the other samples of a batch",
+                    fix="nothing to do: the full forward pass is taken",
+                )
 
     def _filled(self, example: Example) -> tuple[dict[int, Tensor], Filler]:
         wanted = frozenset(self._by_number) | self._found.constants
@@ -581,6 +620,7 @@ class Region:
                 found=f"{name} is no longer what it was when the region was found",
                 fix="find the region again",
             )
+        self._check_given(example)
         samples = batch_size(example)
         tape = self._tape(example)
         session = self._replayer(rows, tape, samples)
@@ -785,6 +825,18 @@ def _gradients(output: Any, model: nn.Module) -> list[Tensor | None] | None:
         ]
     ).sum()
     return list(torch.autograd.grad(loss, trained, allow_unused=True))
+
+
+def _given_alike(example: Example) -> list[Any]:
+    """The arguments that are not one per sample: numbers, flags, tensors without samples."""
+    size = batch_size(example)
+    leaves = leaves_of((example.args, dict(example.kwargs))).items
+    return [
+        leaf
+        for leaf in leaves
+        if (isinstance(leaf, Tensor) and not leaf.is_meta and (not leaf.ndim or len(leaf) != size))
+        or isinstance(leaf, (int, float, str, bool, type(None)))
+    ]
 
 
 def _failed(what: str, error: Exception) -> ReplayDiverged:
