@@ -239,6 +239,14 @@ def test_each_sample_comes_once_in_an_epoch(order):
         assert sorted(seen.tolist()) == list(range(70))
 
 
+@pytest.mark.parametrize("load", ["lazy", "all"])
+@pytest.mark.parametrize("order", sorted(set(ORDERS) - {"negative"}))
+def test_tickets_name_what_they_load(order, load):
+    feed = Feed(_loader(Numbered(), order))
+    for ticket in feed.epoch(0, load=load):
+        assert ticket.indices.tolist() == ticket.load()[1].tolist()
+
+
 def test_nothing_is_made_when_nobody_asks():
     data = Numbered()
     feed = Feed(_loader(data, "shuffled"))
@@ -761,6 +769,21 @@ def test_streams_with_workers_are_numbered_as_delivered(more, load):
     feed.close()
 
 
+@pytest.mark.parametrize("load", ["lazy", "all"])
+def test_positions_count_up(load):
+    feed = Feed(DataLoader(Flow(), batch_size=8), stable_order=True)
+    for epoch in range(2):
+        tickets = list(feed.epoch(epoch, load=load))
+        assert np.concatenate([t.indices for t in tickets]).tolist() == list(range(70))
+        assert all(t.load()[1].tolist() == t.indices.tolist() for t in tickets)
+        assert not any(t.view.any() for t in tickets)
+
+
+def test_the_length_of_a_stream_is_not_believed_where_workers_may_repeat_it():
+    feed = Feed(DataLoader(SizedFlow(shared=False), batch_size=8, num_workers=2), stable_order=True)
+    assert feed.samples == 140
+
+
 def test_nothing_is_read_from_a_stream_when_nobody_asks():
     reads = []
 
@@ -781,6 +804,7 @@ def test_any_samples_of_a_stream_can_be_loaded():
     feed = Feed(DataLoader(Flow(), batch_size=8), stable_order=True)
     assert feed.load([60, 3, 60, 2], [0] * 4)[1].tolist() == [60, 3, 60, 2]
     assert feed.load([61], [0])[1].tolist() == [61]
+    assert feed.load([5], [0])[1].tolist() == [5], "back to the start"
 
 
 def test_a_stream_must_be_promised_to_be_stable():

@@ -66,6 +66,7 @@ def _pairs() -> list[tuple[object, object]]:
         (ones, torch.ones(3, 2)), (ones, ones.double()), (ones, ones.int()), (ones, ones.numpy()),
         (ones, torch.tensor([[1.0, 1, 1], [1, 1, 1.0000001]])),
         (torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.float16)),
+        (base, np.array([0.0, 1, 2, 3, 4, 6])),
         (base, base.reshape(2, 3)), (base, base.astype(">f8")), (base, base.astype(np.float32)),
         (np.array(["a", 1], object), np.array(["a", 2], object)),
         (np.float32(1), np.float64(1)), (picture, touched), (picture, picture.convert("L")),
@@ -145,6 +146,7 @@ def _function(body: str, **names: object) -> types.FunctionType:
     ("one", "other"),
     [
         ("def f(x): return x + 1", "def f(x): return x + 2"),
+        ("def f(x): return x + 1", "def f(x): return x - 1"),
         ("def f(x): return x.a()", "def f(x): return x.b()"),
         ("def f(x, y=1): return x", "def f(x, y=2): return x"),
         ("def f(x, *, y=1): return x", "def f(x, *, y=2): return x"),
