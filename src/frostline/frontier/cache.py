@@ -30,14 +30,17 @@ from frostline.backends.torch.digest import (
     unwrapped,
 )
 from frostline.backends.torch.example import Example
+from frostline.backends.torch.random_state import mix
 from frostline.backends.torch.tracing import leave_untouched
 from frostline.errors import FrontierError, StorageError
 from frostline.frontier.arrays import to_numpy, to_torch
 from frostline.frontier.encodings import Encoding
+from frostline.frontier.feature_augment import FeatureAugment
 from frostline.frontier.finding import batch_size, close, rows_of
 from frostline.frontier.key import unknown
 from frostline.frontier.library import Library
 from frostline.frontier.parts import region_key
+from frostline.frontier.prefetch import Prefetcher, Read
 from frostline.frontier.region import Region, ReplayDiverged, Slot, difference, find_region
 from frostline.frontier.side import skeleton
 from frostline.frontier.standin import Node, StandIn, stand_in, with_values
@@ -63,6 +66,8 @@ CHECKED_SAMPLES = 4
 CHECKED_FIRST = 2
 #: Afterwards one batch in so many, at random.
 CHECKED_EVERY = 200
+#: Rows of at least so many bytes are read ahead on a thread.
+AHEAD_BYTES = 16 << 10
 #: Blocks filled before a process looks again what others have filled.
 _TURN_BLOCKS = 8
 #: Divergences in a row after which a region is given up.
@@ -153,6 +158,7 @@ class Batch:
         first: whether it is the first of an epoch: regions change here if they can.
         order: rows of this and the following batches of the epoch, as far as known: they are
             computed at once and read ahead.
+        draw: number of the draw of augmentation in feature space.
         example: the model's arguments, if they are loaded already.
         device: where the model wants them.
     """
@@ -165,10 +171,12 @@ class Batch:
         *,
         first: bool = False,
         order: Sequence[NDArray[np.int64]] = (),
+        draw: int = 0,
         example: Example | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.order = order
+        self.draw = draw
         self.source = source
         self.indices = np.asarray(indices, np.int64)
         self.views = np.asarray(views, np.int64)
@@ -322,6 +330,14 @@ class _Use:
         return any(list(self.digests.get(name, ()))[-1:] != [now[name]] for name in names)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A reader that is some batches ahead."""
+
+    use: _Use
+    reader: Prefetcher
+
+
 class FrontierCache:
     """Runs a model without its frozen part wherever that is stored, and stores it where not.
 
@@ -334,6 +350,7 @@ class FrontierCache:
         seed: decides which batches are checked.
         strict: which region serves a batch follows from the plan of now and that of the start of
             the epoch alone, so that an interrupted run can go on bit for bit; see `start_epoch`.
+        augment: changes stored values in training, see `frostline.frontier.feature_augment`.
 
     Attributes:
         report: what it did.
@@ -352,8 +369,10 @@ class FrontierCache:
         min_gain: float = 0.05,
         seed: int = 0,
         strict: bool = False,
+        augment: FeatureAugment | None = None,
     ) -> None:
         self._strict = strict
+        self._augment = augment
         self._trained: frozenset[str] = frozenset()
         self._intact = True
         if isinstance(model, nn.DataParallel):
@@ -374,11 +393,18 @@ class FrontierCache:
         self._active: dict[str, tuple[Any, _Use | None]] = {}
         self._looks: dict[str, Example] = {}
         self._loaders: list[CachedLoader] = []
+        self._off: dict[str, bytes] = {}
+        self._ahead: dict[str, _Ahead] = {}
         self._attached = False
         self._before: Callable[..., Any] | None = None
         self.report = CacheReport()
 
     # -- attaching ---------------------------------------------------------------------------
+
+    @property
+    def root(self) -> nn.Module:
+        """The model, without wrappers."""
+        return self._root
 
     @property
     def is_attached(self) -> bool:
@@ -433,6 +459,8 @@ class FrontierCache:
             self._attached = False
         for loader in self._loaders:
             loader.close()
+        for name in tuple(self._ahead):
+            self._stop_ahead(name)
         for use in (use for uses in self._uses.values() for use in uses):
             use.store.close()
         self._uses.clear()
@@ -465,7 +493,13 @@ class FrontierCache:
                 takes the full forward pass until the next epoch.
         """
         self._trained, self._intact = frozenset(trained), intact
-        self._active.clear()
+
+    def is_off(self, source: Source) -> bool:
+        """Whether the last batch of this source was not cached, under what is frozen now.
+
+        Its batches are then better loaded ahead by workers than one by one on demand.
+        """
+        return self._off.get(source.name) == bytes(map(_flag, self._parameters))
 
     def arguments(self, batch: Batch) -> Example:
         """What to call the model with for this batch: stand-ins, where nothing must be loaded."""
@@ -483,7 +517,9 @@ class FrontierCache:
             self.report.note(f"not cached: {error.found}")
             use = None
         if use is None:
+            self._off[batch.source.name] = bytes(map(_flag, self._parameters))
             return self._full(batch, forward, args, kwargs)
+        self._off.pop(batch.source.name, None)
         try:
             values = self._values(use, batch)
             shown = self._shown(use, batch, args, kwargs)
@@ -523,6 +559,8 @@ class FrontierCache:
             self._check(use, batch, values, forward)
             self.report.checked += 1
             self.report.check_s += time.perf_counter() - start
+        if self._augment is not None and self._root.training:
+            values = self._augment(values, mix(self._seed, batch.draw))
         return use.region.run(shown, values, forward=forward)
 
     def _due(self, use: _Use) -> bool:
@@ -767,14 +805,37 @@ class FrontierCache:
         if not use.store.present(rows).all():
             self._fill(use, batch)
         start = time.perf_counter()
-        lengths = self._lengths(use, batch)
-        values, good = use.store.read(rows, lengths=lengths)
+        values, good = self._read(use, batch)
         self.report.read_s += time.perf_counter() - start
         self.report.read_rows += int(good.sum())
         found = {slot.name: to_torch(values[slot.name], slot.dtype) for slot in use.columns}
         if not good.all():
             self._patch(use, batch, found, ~good)
         return found
+
+    def _read(self, use: _Use, batch: Batch) -> Read:
+        """The rows of a batch: read ahead where their order is known, else now."""
+        if use.ragged:
+            return use.store.read(batch.rows, lengths=self._lengths(use, batch))
+        name = batch.source.name
+        if len(batch.order) and self._reads_ahead(use):
+            self._stop_ahead(name)
+            self._ahead[name] = _Ahead(use, Prefetcher(use.store, list(batch.order)))
+        if (ahead := self._ahead.get(name)) is not None:
+            if ahead.use is use and (found := next(ahead.reader, None)) is not None:
+                rows, read = found
+                if np.array_equal(rows, batch.rows) and read[1].all():
+                    return read
+            self._stop_ahead(name)  # another order than foretold
+        return use.store.read(batch.rows)
+
+    def _reads_ahead(self, use: _Use) -> bool:
+        """A thread costs more than it hides where rows are small."""
+        return sum(slot.bytes for slot in use.columns) >= AHEAD_BYTES
+
+    def _stop_ahead(self, name: str) -> None:
+        if (ahead := self._ahead.pop(name, None)) is not None:
+            ahead.reader.close()
 
     def _lengths(self, use: _Use, batch: Batch) -> dict[str, int]:
         if not use.ragged:

@@ -215,6 +215,42 @@ class RunConfig(BaseModel):
         "50 to 100 % of the area, then flip) or 'none'. By default 'flip', safe for photos; choose "
         "'none' where left and right matter (digits, letters). Text has none.",
     )
+    views: Integer | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Augmented views per training sample: new ones in the first epochs, then the "
+        "same again, so that they can be cached. By default the two that 'flip' has, and with "
+        "'basic' a new view in each epoch, which cannot be cached.",
+    )
+    cache: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether the outputs of the frozen layers are kept on disk, so that later "
+        "epochs run only what trains. 'auto': where that is exact and saves at least 5 % of a "
+        "step; 'on': wherever it is exact. What is cached, or why not, is in the run's log.",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="Folder of the stored outputs, shared by runs. By default the user's cache "
+        "folder (`frostline cache list` shows it).",
+    )
+    cache_limit_gib: Number = Field(
+        20.0,
+        gt=0,
+        description="Most disk that all stored outputs in the folder may take, in GiB; those "
+        "unused for longest make way. Samples beyond it are computed anew in each epoch.",
+    )
+    cache_dtype: Literal["exact", "bfloat16", "float16", "int8"] = Field(
+        "exact",
+        description="How stored numbers are kept: 'exact' as they are; the others take a half or "
+        "a quarter of the disk and round.",
+    )
+    feature_augment: str | None = Field(
+        None,
+        min_length=1,
+        description="Random changes of stored outputs in training, e.g. 'noise=0.1,flip'; only "
+        "where they are cached.",
+    )
     max_length: Integer | None = Field(
         None,
         ge=2,
@@ -295,6 +331,16 @@ class RunConfig(BaseModel):
             )
         if self.image_std is not None and min(self.image_std) <= 0:
             raise ValueError(f"image_std {self.image_std}: each value must be above 0")
+        if self.feature_augment is not None:
+            if self.cache == "off":
+                raise ValueError("feature_augment works on cached outputs; leave out cache: off")
+            # It needs torch, which reading settings does not.
+            from frostline.frontier.feature_augment import read_feature_augment  # noqa: PLC0415
+
+            try:
+                read_feature_augment(self.feature_augment)
+            except ConfigError as error:
+                raise ValueError(f"{error.found}; {error.fix}") from None
         return self
 
 
@@ -356,6 +402,7 @@ def resolve_config(config: RunConfig, kind: Kind) -> RunConfig:
         "head_lr": config.head_lr if config.head_lr is not None else head_rate,
         "augment": config.augment or {"image": "flip", "text": "none"}[kind],
     }
+    found["views"] = config.views or {"none": 1, "flip": 2, "basic": None}[str(found["augment"])]
     if kind == "text" and found["augment"] != "none":
         raise ConfigError(
             f"augment text by {config.augment!r}",

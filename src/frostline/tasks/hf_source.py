@@ -95,6 +95,7 @@ def _settings(transformers: Any, name: str, labels: tuple[str, ...]) -> Any:
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
         problem_type="single_label_classification",
+        use_cache=False,  # keys and values of earlier tokens are of no use to a classifier
     )
 
 

@@ -64,13 +64,16 @@ class ImagePreparation:
         Args:
             raw: what `open_picture` reads.
             index: place in its split.
-            view: seed of the augmentation, or None for none.
+            view: number of the augmented view, or None for none. Of 'flip' there are two: even
+                ones as they are, odd ones mirrored.
         """
         picture = open_picture(raw)
         if view is None or self.augment == "none":
             return self.transform(picture)
+        if self.augment == "flip":
+            return self.transform(_mirrored(picture) if view % 2 else picture)
         with seeded(mix(self.seed, index, view)):
-            return self.transform(_augmented(picture, self.augment))
+            return self.transform(_augmented(picture))
 
     def collate(self, prepared: Sequence[Tensor]) -> tuple[Tensor] | dict[str, Tensor]:
         """Stack to (N, 3, H, W)."""
@@ -169,12 +172,15 @@ def _pixel_transform(spec: Spec) -> Callable[[Image], Tensor]:
     )
 
 
-def _augmented(picture: Image, kind: str) -> Image:
+def _augmented(picture: Image) -> Image:
     v2 = need("torchvision.transforms.v2", extra="image")
     functional = need("torchvision.transforms.v2.functional", extra="image")
-    if kind == "basic":
-        crop = need("torchvision.transforms", extra="image").RandomResizedCrop
-        # Cut only: the evaluation transform resizes, so pixels are interpolated once.
-        box = crop.get_params(picture, scale=[SMALLEST_CROP, 1.0], ratio=[3 / 4, 4 / 3])
-        picture = functional.crop(picture, *box)
-    return v2.RandomHorizontalFlip()(picture)
+    crop = need("torchvision.transforms", extra="image").RandomResizedCrop
+    # Cut only: the evaluation transform resizes, so pixels are interpolated once.
+    box = crop.get_params(picture, scale=[SMALLEST_CROP, 1.0], ratio=[3 / 4, 4 / 3])
+    return v2.RandomHorizontalFlip()(functional.crop(picture, *box))
+
+
+def _mirrored(picture: Image) -> Image:
+    functional = need("torchvision.transforms.v2.functional", extra="image")
+    return functional.horizontal_flip(picture)

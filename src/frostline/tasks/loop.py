@@ -26,8 +26,9 @@ from frostline.errors import NonFiniteLoss
 from frostline.groups import LayerGroup, LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policies.phases import ends_its_phase
+from frostline.tasks.caching import RunCache
 from frostline.tasks.config import RunConfig
-from frostline.tasks.order import Batching, derive_seed, epoch_order, seed_update
+from frostline.tasks.order import Batching, epoch_order, seed_update, views_of
 from frostline.tasks.resources import Interrupt
 from frostline.tasks.task import Batch, Split, Task
 
@@ -119,6 +120,7 @@ class Parts:
         device: where the model is.
         forward: context of a forward pass (mixed precision).
         scaler: gradient scaler, or None.
+        cache: stored outputs of the frozen layers, or None.
     """
 
     model: nn.Module
@@ -128,6 +130,7 @@ class Parts:
     device: torch.device
     forward: Callable[[], AbstractContextManager[object]]
     scaler: torch.amp.GradScaler | None = None
+    cache: RunCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,7 @@ class TrainingLoop:
     state: LoopState = field(default_factory=LoopState)
     _weights: Tensor | None = field(init=False, default=None)
     _shares: tuple[FreezePlan, float, float] | None = field(init=False, default=None)
+    _opened: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         weights = self.task.class_weights()
@@ -205,10 +209,11 @@ class TrainingLoop:
         epoch, done = divmod(self.state.step, self.batching.steps_per_epoch)
         order = epoch_order(self.config.seed, epoch, len(self.task.train))
         updates = self.batching.updates(order)[done:]
-        view = derive_seed(self.config.seed, "view", epoch)
-        keys = [[(i, view) for i in batch] for update in updates for batch in update]
-        batches = self._batches(self.task.train, keys)
+        views = views_of(self.config.seed, self.config.views, epoch, range(len(order)))
+        keys = [[(i, views[i]) for i in batch] for update in updates for batch in update]
+        batches = self._batches(self.task.train, keys, draw=self.state.step)
         self.parts.model.train()
+        self._opened = False
         for update in updates:
             self.interrupt.check()
             loss, weight = self._update(
@@ -223,6 +228,7 @@ class TrainingLoop:
         parts = self.parts
         weight = self._weight_of(indices)
         with parts.driver.step():
+            self._open_epoch()
             seed_update(self.config.seed, "update", self.state.step)
             parts.optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), dtype=torch.float64, device=parts.device)
@@ -236,6 +242,22 @@ class TrainingLoop:
             self._clip()
             self._step()
         return value, weight
+
+    def _open_epoch(self) -> None:
+        """Tell the cache, once per epoch or session, what was frozen at the epoch's start."""
+        cache, driver = self.parts.cache, self.parts.driver
+        if self._opened or cache is None:
+            return
+        self._opened = True
+        begin = self.state.evaluated * self.batching.steps_per_epoch
+        plans = [d.plan for d in driver.decisions if d.step <= begin][-1:]
+        plans += [d.plan for d in driver.decisions if d.step > begin]
+        groups = driver.backend.groups
+        frozen = [plan.frozen_parameters(groups) for plan in plans]
+        cache.start_epoch(
+            frozen=frozen[0] if frozen else frozenset(),
+            intact=all(frozen[0] <= later for later in frozen),
+        )
 
     def _overflown(self) -> bool:
         """Whether the scaler will skip this update; looked up only if a signal depends on it."""
@@ -355,7 +377,9 @@ class TrainingLoop:
         ]
         return evaluate(self.task, self.parts, self._batches(split, keys), self.interrupt)
 
-    def _batches(self, split: Split, keys: Keys) -> Iterator[Batch]:
+    def _batches(self, split: Split, keys: Keys, *, draw: int = 0) -> Iterator[Batch]:
+        if self.parts.cache is not None and self.parts.cache.serves(split):
+            return self.parts.cache.batches(split, keys, draw=draw)
         # A generator of its own: the loader draws a seed for its workers, which must not move
         # the global stream.
         loader = DataLoader(

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-__all__ = ["Batching", "derive_seed", "epoch_order", "seed_update"]
+from frostline.frontier.cache import BLOCK
+from frostline.frontier.views import Views
+
+__all__ = ["Batching", "derive_seed", "epoch_order", "seed_update", "views_of"]
 
 T = TypeVar("T")
 
@@ -52,6 +56,29 @@ def seed_update(seed: int, purpose: str, count: int) -> None:
     random.seed(value)
     np.random.seed(value)  # noqa: NPY002  models of others draw from the global stream
     torch.manual_seed(value)
+
+
+def views_of(seed: int, views: int | None, epoch: int, indices: Sequence[int]) -> list[int]:
+    """The view in which each sample is trained on in an epoch.
+
+    A block of 32 consecutive samples is in one view, and neighbouring blocks are in different
+    ones: what is stored is stored by block and view, so an epoch computes no more than it uses.
+
+    Args:
+        seed: of the run.
+        views: how many there are of each sample; None: a new one in each epoch.
+        epoch: from 0.
+        indices: numbers of the samples.
+
+    Example:
+        >>> views_of(0, 2, 0, [0, 31, 32]), views_of(0, 2, 1, [0, 31, 32])
+        ([0, 0, 1], [1, 1, 0])
+    """
+    if views is None:
+        return [derive_seed(seed, "view", epoch)] * len(indices)
+    blocks = np.asarray(indices, np.int64) // BLOCK
+    turns = Views(views, seed).of(epoch, blocks)
+    return ((turns + blocks) % views).tolist()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from frostline.backends.torch.measure import measure_costs
 from frostline.errors import DataError
 from frostline.groups import GroupCost, LayerGroups
 from frostline.records import read_run
+from frostline.tasks.caching import build_cache
 from frostline.tasks.config import RunConfig
 from frostline.tasks.folder import RunFolder, asked_settings
 from frostline.tasks.loop import Parts
@@ -105,7 +106,8 @@ def prepare(config: RunConfig, folder: RunFolder, device: torch.device) -> Prepa
     )
     scheduler = build_schedule(config, optimizer, driver.progress)
     forward, scaler = mixed_precision(config, device)
-    parts = Parts(model, optimizer, scheduler, driver, device, forward, scaler)
+    cache = build_cache(task, model, device)
+    parts = Parts(model, optimizer, scheduler, driver, device, forward, scaler, cache)
     return Prepared(task, groups, parts, batching, measure_s)
 
 
@@ -125,13 +127,18 @@ def _recorded_costs(folder: RunFolder, task: Task) -> dict[str, GroupCost]:
 
 
 def _data_facts(task: Task) -> dict[str, Any]:
-    """Size and digest of the labels of each split: enough to notice that data was exchanged."""
+    """Size of each split, digests of its labels and of what its samples hold."""
 
-    def facts(split: Split) -> dict[str, Any]:
+    def facts(split: Split, name: str) -> dict[str, Any]:
         text = ",".join(str(label) for label in split.labels)
-        return {"samples": len(split), "labels_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        return {
+            "samples": len(split),
+            "labels_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "content_sha256": task.notes.get("content_sha256", {}).get(name),
+        }
 
-    return {"train": facts(task.train), "val": facts(task.val), "test": facts(task.test)}
+    splits = {"train": task.train, "val": task.val, "test": task.test}
+    return {name: facts(split, name) for name, split in splits.items()}
 
 
 def _moved(example: Example, device: torch.device) -> Example:

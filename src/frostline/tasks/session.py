@@ -12,6 +12,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -150,8 +151,9 @@ class Session:
 
     def train(self) -> None:
         """Train to the end; on Ctrl-C save first."""
+        cache = self.prepared.parts.cache
         try:
-            with self._interrupt:
+            with self._interrupt, nullcontext() if cache is None else cache.attached():
                 self.loop.run()
         except KeyboardInterrupt:
             if self._interrupt.asked:  # else it may have come in the middle of an update
@@ -254,6 +256,8 @@ class Session:
         results = self._results(tested, certificate)
         self._save_model(results)
         costs = self._costs()
+        if (cache := self.prepared.parts.cache) is not None:
+            costs["cache"] = cache.costs()
         costs["backward_share"] = self.loop.state.backward_share_sum / max(1, self.loop.state.step)
         self.recorder.end(results, costs=costs)
         summary = results | costs

@@ -7,6 +7,7 @@ augmentation), so any order, any number of workers and any resume see the same s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,7 +229,13 @@ def load_task(config: RunConfig) -> Task:
         Split(data.inputs(name), data.targets(name), preparation)
         for name in ("train", "val", "test")
     )
-    notes = {**data.notes, "head": built.head, "fresh_tensors": _counted(built.fresh)}
+    content = {name: _content(data.splits[name].digests) for name in ("train", "val", "test")}
+    notes = {
+        **data.notes,
+        "content_sha256": content,
+        "head": built.head,
+        "fresh_tensors": _counted(built.fresh),
+    }
     task = Task(
         kind=data.kind,
         config=config,
@@ -244,6 +251,11 @@ def load_task(config: RunConfig) -> Task:
     )
     _try_out(task)
     return task
+
+
+def _content(digests: Sequence[bytes]) -> str:
+    """SHA-256 over what the samples of a split hold, in their order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in digests)).hexdigest()
 
 
 def _counted(names: Sequence[str], *, shown: int = 10) -> dict[str, Any]:
