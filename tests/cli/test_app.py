@@ -15,7 +15,9 @@ from frostline.errors import ModelError, StorageError, UsageError
 def test_help_lists_every_command(cli):
     done = cli("--help")
     assert done.code == 0
-    assert all(name in done.out for name in ("inspect", "fit", "predict", "policies", "Examples:"))
+    assert all(
+        name in done.out for name in ("inspect", "fit", "predict", "policies", "cache", "Examples:")
+    )
     assert done.err == ""
 
 
@@ -25,14 +27,16 @@ def test_version(cli):
     assert cli("--version").out.strip() == __version__
 
 
-@pytest.mark.parametrize("command", ["inspect", "fit", "predict", "policies"])
+@pytest.mark.parametrize("command", ["inspect", "fit", "predict", "policies", "cache"])
 def test_every_command_explains_itself_with_examples(cli, command):
     done = cli(command, "--help")
     assert done.code == 0
     assert f"frostline {command}" in done.out.partition("Examples:")[2]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["policies"], ["fit", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["policies"], ["fit", "--help"], ["cache", "prune", "--help"]]
+)
 def test_light_commands_import_no_framework(arguments):
     code = (
         "import sys\n"

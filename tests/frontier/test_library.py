@@ -396,6 +396,7 @@ def test_the_budget_makes_older_entries_give_way(library):
     size = library.entries()[0].size_bytes
     bounded = Library(library.root, budget_bytes=4 * size)
     with_open = bounded.open(key("3"), COLUMNS, ROWS)  # in use, so it stays
+    os.utime(library.root / key("3").digest[:32] / "users", (0, 0))  # though longest ago
     store = bounded.open(key("new"), COLUMNS, ROWS, needs_bytes=2 * size)
     kept = {e.about["model"] for e in bounded.entries() if e.about}
     assert kept == {"0", "3"}
@@ -457,6 +458,26 @@ def test_a_damaged_entry_in_use_is_not_taken_away(library):
         library.open(key(), COLUMNS, ROWS)
     store.close()
     usable(library)
+
+
+def test_a_damaged_store_in_use_is_not_taken_away(library):
+    store = library.open(key(), COLUMNS, ROWS)
+    assert store.write(0, BLOCK)
+    header = library.root / key().digest[:32] / "rows" / "store.json"
+    header.write_bytes(b"{}")
+    with pytest.raises(StorageError, match="cannot trust"):
+        library.open(key(), COLUMNS, ROWS)
+    assert store.read(np.arange(32))[1].all()
+    store.close()
+    usable(library)
+
+
+def test_a_number_of_rows_that_no_memory_holds_is_refused(library):
+    body = json.loads((fill(library) / "entry.json").read_text())
+    assert library_module._parsed(body)["rows"] == ROWS
+    for rows in (1 << 32, 0, -1, True, 64.0, "64", None):
+        with pytest.raises((ValueError, TypeError)):
+            library_module._parsed(body | {"rows": rows})
 
 
 def test_a_lock_that_is_held_is_waited_for_and_then_told(library, monkeypatch):
