@@ -482,3 +482,39 @@ def test_what_is_kept_in_memory_is_right_and_can_be_dropped(
     assert believed(store) == set(range(ROWS)) - {7, 8}
     store.write(0, block(0))
     assert believed(store) == set(range(ROWS))
+
+
+# -- small things that matter --------------------------------------------------------------------
+
+
+def test_a_damaged_length_leads_nowhere(tmp_path: Path):
+    fill(tmp_path)
+    path = tmp_path / "001.sums"
+    entries = np.frombuffer(path.read_bytes(), "<u8").reshape(-1, 2).copy()
+    entries[5, 1] |= 0x7FFF_0000  # two thousand million tokens
+    entries[6, 1] ^= 1 << 40
+    path.write_bytes(entries.tobytes())
+    store = opened(tmp_path)
+    values, ok = store.read(np.arange(8))
+    assert ok.tolist() == [True] * 5 + [False, False, True]
+    assert values["t"].shape == (8, length_of(0), 2)
+    assert store.damaged_rows == 2
+
+
+def test_room_is_claimed_then_rows_are_written_then_checksums(tmp_path: Path):
+    store = opened(tmp_path)
+    store.write(0, block(0))
+    disk = FaultyDisk()
+    with use_disk(disk):
+        store.write(0, block(0))
+    assert disk.calls == ["allocate", "pwrite", "pwrite"] * 2
+
+
+def test_a_failed_rows_write_leaves_no_checksum(tmp_path: Path):
+    store = opened(tmp_path)
+    store.write(32, block(32))
+    with use_disk(FaultyDisk(2, "ENOSPC")), pytest.raises(StorageError, match="No space left"):
+        store.write(0, block(0))
+    assert believed(store) == believed(opened(tmp_path)) == set(range(32, 64))
+    store.write(0, block(0))
+    assert believed(store) == set(range(64))
