@@ -62,6 +62,8 @@ _flag = attrgetter("requires_grad")
 BLOCK = 32
 #: Samples of a batch that are compared with the full forward pass.
 CHECKED_SAMPLES = 4
+#: Most that rounding may take from a stored value, as a share of the largest one.
+_ROUNDING = {"bfloat16": 1e-2, "float16": 2e-3, "int8": 2e-2}
 #: Batches compared with the full forward pass when a region is first used.
 CHECKED_FIRST = 2
 #: Afterwards one batch in so many, at random.
@@ -591,25 +593,40 @@ class FrontierCache:
             with leave_untouched(self._root):
                 copied = rows_of(real, range(batch_size(real)))
                 full = forward(*copied.args, **copied.kwargs)
+            stored = {name: value[few] for name, value in values.items()}
+            # Rounded values are compared by themselves: what the rest makes of the rounding is
+            # what was asked for.
+            rounded = self._encoding != "exact"
             with leave_untouched(self._root):
-                stored = {name: value[few] for name, value in values.items()}
-                output = use.region.run(real, stored, forward=forward)
-        if (wrong := difference(full, output)) is not None:
+                shown = use.region.fill(real) if rounded else stored
+                output = use.region.run(real, shown, forward=forward)
+        wrong = difference(full, output)
+        culprit = self._culprit(use, real, stored) if wrong or rounded else None
+        if wrong is None and culprit is not None:
+            wrong = "stored values are off by more than rounding"
+        if wrong is not None:
+            nothing = "all stored values are right, so the rest depends on something else"
             raise FrontierError(
                 "replay the frozen region",
-                found=f"{wrong}; {self._culprit(use, real, stored)}",
+                found=f"{wrong}; {culprit or nothing}",
                 fix="nothing to do: training goes on with the full forward pass",
             )
 
-    def _culprit(self, use: _Use, example: Example, values: Mapping[str, Tensor]) -> str:
-        """Which stored value is wrong, in words."""
+    def _culprit(self, use: _Use, example: Example, values: Mapping[str, Tensor]) -> str | None:
+        """Which stored value is wrong, in words; None if none is."""
         fresh = use.region.fill(example)
         for slot in use.columns:
-            if slot.name in values:
-                have = values[slot.name]
-                if have.shape == fresh[slot.name].shape and not close(have, fresh[slot.name]):
-                    return f"the stored output of {slot.name!r} is not what it gives now"
-        return "all stored values are right, so the rest of the model depends on something else"
+            have = values.get(slot.name)
+            if have is None or have.shape != fresh[slot.name].shape:
+                continue
+            rounded = self._encoding != "exact" and slot.dtype.is_floating_point
+            if not (
+                _near(fresh[slot.name], have, _ROUNDING[self._encoding])
+                if rounded
+                else close(have, fresh[slot.name].cpu())
+            ):
+                return f"the stored output of {slot.name!r} is not what it gives now"
+        return None
 
     def _shown(self, use: _Use, batch: Batch, args: Any, kwargs: Any) -> Example:
         """The arguments for a replay: real where they are loaded, else shapes only."""
@@ -974,6 +991,13 @@ def _batch_of(args: Any, kwargs: Any) -> tuple[Batch | None, bool]:
 
 def _real(leaf: Any) -> Any:
     return leaf.node.real() if type(leaf) is StandIn else leaf
+
+
+def _near(fresh: Tensor, have: Tensor, share: float) -> bool:
+    """Whether values differ by no more than a share of the largest one."""
+    a, b = fresh.detach().cpu().double(), have.detach().cpu().double()
+    largest = float(a.abs().max()) if a.numel() else 0.0
+    return bool(((a - b).abs() <= share * largest).all())
 
 
 def _few(example: Example) -> Example:
