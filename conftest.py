@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 
-import pytest
-
 _place = tempfile.TemporaryDirectory(prefix="frostline-tests-")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Tests, and the processes they start, keep stored outputs in a folder of this run."""
     os.environ["FROSTLINE_CACHE"] = os.path.join(_place.name, "stores")
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
+def pytest_unconfigure() -> None:
     """Remove it."""
     _place.cleanup()

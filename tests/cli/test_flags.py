@@ -73,6 +73,7 @@ _SAMPLES = {
     "val_fraction": "0.2",
     "test_fraction": "0.25",
     "lr_decay": "0.5",
+    "feature_augment": "noise=0.1",
 }
 
 
