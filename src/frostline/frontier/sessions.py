@@ -176,8 +176,7 @@ def _only(leaves: Sequence[Any]) -> Any:
 
 
 def _constants(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    leaves = leaves_of((args, kwargs)).items
-    return tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+    return tuple(_parted(args, kwargs)[1])
 
 
 def _changed(found: Sequence[StandIn], versions: Sequence[int]) -> list[int]:
@@ -519,8 +518,32 @@ def _through(session: Any, scripted: Scripted, args: Any, kwargs: Any) -> Any:
 
 
 def _inputs(args: Any, kwargs: Any) -> list[StandIn]:
+    return _parted(args, kwargs)[0]
+
+
+#: Arguments that are no containers, by their exact type.
+_FLAT = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, Tensor,
+                   nn.Parameter})  # fmt: skip
+
+
+def _parted(args: Any, kwargs: Any) -> tuple[list[StandIn], list[Any]]:
+    """The frozen stand-ins among the arguments, and what is no tensor; fast where all is flat."""
+    found: list[StandIn] = []
+    others: list[Any] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        kind = type(value)
+        if kind is StandIn:
+            if value.node.id >= 0:
+                found.append(value)
+        elif kind not in _FLAT:
+            break
+        elif not isinstance(value, Tensor):
+            others.append(value)
+    else:
+        return found, others
     leaves = leaves_of((args, kwargs)).items
-    return [leaf for leaf in leaves if type(leaf) is StandIn and not leaf.node.live]
+    found = [leaf for leaf in leaves if type(leaf) is StandIn and not leaf.node.live]
+    return found, [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
 
 
 def _is_plain(value: Any) -> bool:
@@ -562,9 +585,9 @@ class _Follower:
         self._counts[name] = number + 1
         if number not in self._script.skipped.get(name, ()):
             return original(*args, **kwargs)
-        ins = _inputs(args, kwargs)
+        ins, others = _parted(args, kwargs)
         entry = self._next((name, number), ins)
-        constants = tuple(c for c in _constants(args, kwargs) if _is_plain(c))
+        constants = tuple(c for c in others if _is_plain(c))
         if not entry.varying and not same_constants(entry.constants, constants):
             raise self._diverged(entry, "with other arguments than recorded")
         return self._skip(entry, original, args, kwargs, ins)

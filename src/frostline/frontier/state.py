@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -147,9 +148,32 @@ class Settings:
             for table in _tables(module)
             for key, value in table.items()
         ]
+        by_table: dict[int, list[tuple[Mapping[str, Any], str, Any]]] = {}
+        for table, key, value, _ in self._seen:
+            by_table.setdefault(id(table), []).append((table, key, value))
+        self._quick = [
+            # Twice the first key: of a single one the getter would give no tuple.
+            (
+                itemgetter(items[0][1], *(key for _, key, _ in items)),
+                items[0][0],
+                (items[0][2], *(value for _, _, value in items)),
+            )
+            for items in by_table.values()
+        ]
 
     def changed(self) -> str | None:
         """The name of an attribute that is no longer what it was, or None."""
+        for get, table, values in self._quick:
+            try:
+                if get(table) == values:  # identical ones first, at the speed of a tuple
+                    continue
+            except Exception:  # noqa: BLE001, S110  a key is gone, or tensors were compared
+                pass
+            if (name := self._look()) is not None:
+                return name
+        return None
+
+    def _look(self) -> str | None:
         for table, key, value, name in self._seen:
             now = table.get(key, _GONE)
             if now is not value and (

@@ -18,7 +18,10 @@ from torch import Tensor
 __all__ = ["Leaves", "leaves_of", "map_leaves", "tensors_of"]
 
 #: What is no container and no tensor, however many attributes it has.
-_ATOMS = (int, float, complex, bool, str, bytes, type(None), type, slice, torch.Size)
+_ATOMS = frozenset(
+    {int, float, complex, bool, str, bytes, type(None), type, slice, torch.Size, torch.dtype,
+     torch.device, Tensor, torch.nn.Parameter}
+)  # fmt: skip
 
 
 def map_leaves(value: Any, change: Callable[[Any], Any], *, objects: bool = False) -> Any:
@@ -34,7 +37,7 @@ def map_leaves(value: Any, change: Callable[[Any], Any], *, objects: bool = Fals
         [2, (3, {'a': 4})]
     """
     kind = type(value)
-    if isinstance(value, Tensor) or kind in _ATOMS:
+    if kind in _ATOMS or isinstance(value, Tensor):
         return change(value)
     if kind in (tuple, list):
         return kind([map_leaves(item, change, objects=objects) for item in value])
