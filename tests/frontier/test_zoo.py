@@ -26,8 +26,32 @@ FAST += [(case, next(iter(case.depths))) for case in CASES.values() if len(case.
 SLOW = [cell for cell in CELLS if cell not in FAST]
 
 
-def named(cells: list[Any]) -> list[Any]:
-    return [pytest.param(case, depth, id=f"{case.name}-{depth}") for case, depth in cells]
+EVERY = ""
+#: What the region does not do yet, by case and depth; an entry that is mended must go.
+KNOWN = {
+    ("GRU on packed sequences", EVERY): "refused: packed data change their length with the batch",
+    ("nested keyword-only inputs", EVERY): "refused: a list of one text per sample",
+    ("backbone in inference mode", EVERY): "refused: such tensors count no writes",
+    ("BERT, eager attention, all hidden states and attentions out", EVERY):
+        "refused: transformers collects attentions of layers that do not run",
+    ("Swin of transformers", "all but head"): "refused: a setting settles at the first forward",
+    ("batch of a class of its own", EVERY): "refused: samples inside an object",
+    ("sparse gradients", EVERY): "crashes: the rehearsal compares sparse gradients",
+    ("control flow by the batch's values", "three quarters"): "different",
+    ("control flow by the batch's values", "all but head"): "different",
+    ("flag over the batch read by live code", EVERY): "different",
+}  # fmt: skip
+
+
+def named(cells: list[Any], known: Mapping[tuple[str, str], str] = KNOWN) -> list[Any]:
+    def marks(name: str, depth: str) -> list[pytest.MarkDecorator]:
+        why = known.get((name, depth)) or known.get((name, EVERY))
+        return [pytest.mark.xfail(reason=why)] if why else []
+
+    return [
+        pytest.param(case, depth, id=f"{case.name}-{depth}", marks=marks(case.name, depth))
+        for case, depth in cells
+    ]
 
 
 def check(case: harness.Case, depth: str) -> None:
@@ -51,10 +75,15 @@ def test_the_region_changes_nothing_at_any_depth(case: harness.Case, depth: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "depth"), named(CELLS))
+@pytest.mark.parametrize(("case", "depth"), named(CELLS, {}))
 def test_two_uncached_twins_agree_to_the_bit(case: harness.Case, depth: str) -> None:
     found = harness.compare(case, depth, harness.Uncached)
     assert found.kind == "equal", found
+
+
+def test_what_is_known_is_there() -> None:
+    cells = {(case.name, depth) for case, depth in CELLS} | {(name, EVERY) for name in CASES}
+    assert not KNOWN.keys() - cells
 
 
 def test_the_zoo_is_large() -> None:

@@ -86,6 +86,8 @@ class Case:
         tolerance: largest relative error that is no difference.
         sample_dim: the dimension of the inputs that holds the samples.
         nothing_at: depths at which nothing can be left out.
+        memos: words in the names of attributes that only remember what is computed again where
+            they are empty: they may be missing, and must be right where they are there.
         by_hand: freeze by `requires_grad` and `eval()` alone, as the backend cannot.
     """
 
@@ -101,6 +103,7 @@ class Case:
     tolerance: float = 1e-5
     sample_dim: int = 0
     nothing_at: frozenset[str] = frozenset()
+    memos: tuple[str, ...] = ()
     by_hand: bool = False
 
     def right(self, depth: str) -> frozenset[str]:

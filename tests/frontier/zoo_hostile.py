@@ -182,7 +182,7 @@ class Table(Block):
         return h + self.table
 
 
-@hostile("table kept per batch size")
+@hostile("table kept per batch size", memos=("tables",))
 class TableBySize(Block):
     def __init__(self) -> None:
         super().__init__()

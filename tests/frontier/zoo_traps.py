@@ -307,7 +307,7 @@ def prompted() -> Made:
 @hostile("flag over the batch read by live code")
 class Flagged(Tower):
     def forward(self, x: Tensor) -> Any:
-        odd = (x[:, 0] > 1.0).any()  # in some batches
+        odd = (x[:, 2] > 1.9).any()  # in one of four batches
         h = self.first(F.relu(self.stem(x)))
         return self.head(self.last(torch.where(odd, self.middle(h), h * 0.5)))
 

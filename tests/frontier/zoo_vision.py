@@ -176,7 +176,7 @@ def timm_vit() -> Made:
     ), pictures()  # fmt: skip
 
 
-@case("LeViT, attention biases kept in eval", hostile=True)
+@case("LeViT, attention biases kept in eval", hostile=True, memos=("attention_bias_cache",))
 def levit() -> Made:
     model = timm.create_model(
         "levit_128s", embed_dim=(16, 32, 32), num_heads=(2, 2, 2), key_dim=8, img_size=64,
