@@ -242,8 +242,6 @@ def analyse(
     one: Recording,
     others: Sequence[tuple[Recording, Sequence[tuple[int, int]]]],
     split: Collection[str] = (),
-    *,
-    common: bool = False,
 ) -> Found:
     """What to skip, what to store and what to compute again.
 
@@ -253,8 +251,6 @@ def analyse(
         others: recordings of another number of samples, in other company; with each the pairs of
             (place in `one`, place there) of the same samples.
         split: names of modules that must be skipped by themselves, not inside a larger one.
-        common: whether some sample is in all recordings. Then a value that is the same in all of
-            them may still be one of this sample's, and none is taken for a constant.
 
     Raises:
         FrontierError: the recordings differ in more than numbers, or a frozen value was
@@ -267,8 +263,7 @@ def analyse(
     patterns = {
         number: pattern
         for number, pattern in shapes.items()
-        if (pattern.dim >= 0 or not common)
-        and all(_agrees(number, pattern, one, twin, shared) for twin, shared in others)
+        if all(_agrees(number, pattern, one, twin, shared) for twin, shared in others)
     }
     unfit: dict[int, str] = {}
     while True:
@@ -355,6 +350,8 @@ def close(one: Tensor, other: Tensor, *, lenience: float = 1.0) -> bool:
     """Whether two computations of one value agree within `lenience` times `tolerance`."""
     if one.shape != other.shape:
         return False
+    if one.layout is not torch.strided:
+        one, other = one.to_dense(), other.to_dense()
     allowed = lenience * tolerance(one.dtype if not one.dtype.is_complex else torch.float32)
     if not allowed:
         return bool(torch.equal(one, other))
@@ -477,7 +474,7 @@ def _slots(
     """Which needed values to store, which are constant, which to compute from the others."""
     reads = (Verdict.LIVE, Verdict.LOOK, Verdict.EAGER)  # a wish for a gradient reads nothing
     wanted = {p for e in script.entries if e.verdict in reads for p in e.parents} | script.outputs
-    skips = _behind_skips(script)
+    skips, free = _behind_skips(script), _free_of_values(script)
     slots: set[int] = set()
     constants: set[int] = set()
     computed: set[int] = set()
@@ -491,15 +488,15 @@ def _slots(
                 slots.add(number)
             else:  # not one per sample: taken from the batch, and compared with the recorded one
                 computed.add(number)
-        elif pattern is not None and pattern.dim < 0:
+        elif pattern is not None and pattern.dim < 0 and number in free:
             constants.add(number)
         elif producer.verdict is Verdict.CALL:
-            if pattern is None:
+            if pattern is None or pattern.dim < 0:
                 raise _Unfit(_index(recorder, producer), "mixes the samples of a batch, or chance")
             slots.add(number)
         else:
             known = slots | constants | computed
-            stored = pattern is not None and producer.verdict is Verdict.GLUE
+            stored = pattern is not None and pattern.dim >= 0 and producer.verdict is Verdict.GLUE
             if stored and number in skips and not known.issuperset(producer.parents):
                 slots.add(number)
                 return
@@ -510,6 +507,26 @@ def _slots(
     for number in sorted(wanted):
         settle(number)
     return tuple(sorted(slots)), frozenset(constants), frozenset(computed)
+
+
+#: Functions that read the shape of their argument and no value.
+_SHAPE_ONLY = frozenset(
+    {torch.zeros_like, torch.ones_like, torch.full_like, Tensor.new_zeros, Tensor.new_ones,
+     Tensor.new_full, Tensor.new_tensor}
+)  # fmt: skip
+
+
+def _free_of_values(script: Script) -> set[int]:
+    """Values that no sample decides, only shapes: the same for all of one shape.
+
+    That a value was the same in all recordings does not show it: a flag over a batch often is.
+    """
+    free: set[int] = set()
+    for entry in script.entries:
+        shape_only = entry.verdict is Verdict.GLUE and entry.what in _SHAPE_ONLY
+        if shape_only or (entry.parents and free.issuperset(entry.parents)):
+            free.update(entry.made)
+    return free
 
 
 def _behind_skips(script: Script) -> set[int]:

@@ -237,7 +237,7 @@ def _find(
             found=f"{type(error).__name__}: {_first_line(error)}",
             fix="nothing to do: the full forward pass is taken",
         ) from error
-    found = analyse(root, one, others, split, common=batch_size(example) == 3)
+    found = analyse(root, one, others, split)
     tape = _Tape(
         dict(one.recorder.specs),
         {n: one.recorder.values[n] for n in found.constants},
