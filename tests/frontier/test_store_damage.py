@@ -518,3 +518,50 @@ def test_a_failed_rows_write_leaves_no_checksum(tmp_path: Path):
     assert believed(store) == believed(opened(tmp_path)) == set(range(32, 64))
     store.write(0, block(0))
     assert believed(store) == set(range(64))
+
+
+def test_rows_of_different_segments_are_read_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 32 * 12)  # a block of "x" in each
+    fill(tmp_path)
+    rows = np.array([32, 1, 66, 3])  # places 0, 1, 2, 3 of segments 1, 0, 2, 0
+    values, ok = opened(tmp_path).read(rows)
+    assert ok.all()
+    assert values["x"][:, 0].tolist() == rows.tolist()
+
+
+def test_a_damaged_row_is_zero_in_a_store_of_one_column(tmp_path: Path):
+    store = Store(tmp_path, COLUMNS[:1], rows=32, seed=b"k")
+    store.write(0, {"x": np.ones((32, 3), np.float32)})
+    path = tmp_path / "000-00-000000.rows"
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    values, ok = store.read(np.arange(2))
+    assert ok.tolist() == [False, True]
+    assert values["x"].tolist() == [[0.0] * 3, [1.0] * 3]
+
+
+def test_a_row_that_another_process_healed_is_believed(tmp_path: Path):
+    fill(tmp_path)
+    path = tmp_path / "000.sums"
+    data = bytearray(path.read_bytes())
+    data[8 * 3] ^= 1
+    path.write_bytes(data)
+    early, healer = opened(tmp_path), opened(tmp_path)
+    assert early.present(np.arange(8)).all()  # it holds the damaged checksum now
+    healer.write(0, block(0))
+    assert early.read(np.arange(8))[1].all()
+    assert early.damaged_rows == 0
+
+
+def test_a_store_wholly_in_memory_is_verified_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(segments, "KEPT_BYTES", 1 << 20)
+    fill(tmp_path)
+    store = opened(tmp_path)
+    assert believed(store) == set(range(ROWS))
+    os.truncate(tmp_path / "000-00-000000.rows", 0)
+    assert believed(store) == set(range(ROWS))
+    assert store.verify().damaged == tuple(range(ROWS))
+    assert believed(store) == set()
