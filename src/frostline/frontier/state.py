@@ -29,9 +29,10 @@ _DEPTH_OF_MODULES = 4
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), type, slice, range)
 #: Our own override, the switch of hooks, and autograd's own bookkeeping.
 _OURS = frozenset({"forward", "_is_hf_initialized"})
-#: Hooks that do nothing to values: transformers' collectors of outputs, our own probes.
+#: Hooks that do nothing to values: our own probes, transformers' collectors of outputs and its
+#: wish for gradients of embeddings.
 _OWN = ("frostline.",)
-_HARMLESS = (*_OWN, "transformers.utils.output_capturing")
+_HARMLESS = (*_OWN, "transformers.utils.output_capturing", "transformers.modeling_utils")
 _known_are_ignored: ContextVar[bool] = ContextVar("_known_are_ignored", default=True)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
