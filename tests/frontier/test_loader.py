@@ -250,7 +250,18 @@ def twice(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return nn.functional.cross_entropy(first + second, batch["y"]), batch["y"]
 
 
+def two_inputs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    first, second = model(batch["x"]), model(batch["z"])
+    third = model(batch["x"].bfloat16().float())
+    return nn.functional.cross_entropy(first + 2 * second + third, batch["y"]), batch["y"]
+
+
+def as_two(index: int, x: Tensor, y: Tensor) -> Any:
+    return {"x": x, "z": x.flip(0), "y": y}
+
+
 CALLS = {
+    "two inputs": (lambda: Many(as_two), two_inputs),
     "tuple": (Counted, pair),
     "moved": (Counted, moved_to),
     "cast": (Counted, cast),
@@ -266,9 +277,9 @@ CALLS = {
 def test_cached_training_equals_plain_training(how: str, library: Library) -> None:
     data, step = CALLS[how]
     cache = both(library, data, step)
-    calls = 30 if how == "two calls in a step" else 15
+    calls = {"two calls in a step": 30, "two inputs": 45}.get(how, 15)
     assert cache.report.replayed == cache.report.batches == calls
-    assert cache.report.filled_rows == SAMPLES * (2 if calls == 30 else 1)
+    assert cache.report.filled_rows == SAMPLES * calls // 15
 
 
 def test_nothing_is_loaded_any_more_once_all_is_stored(library: Library) -> None:
@@ -329,6 +340,20 @@ def written_through_numpy(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]
     return nn.functional.cross_entropy(model(x), y), y
 
 
+def written_through_a_view_of_a_cast(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    x = x.double()
+    x.view(-1)[:WIDTH].zero_()
+    return nn.functional.cross_entropy(model(x.float()), y), y
+
+
+def cast_and_written(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    x = x.double()
+    x.mul_(2)
+    return nn.functional.cross_entropy(model(x.float()), y), y
+
+
 def mixed_up(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     x, y = batch
     share = random.betavariate(1, 1)
@@ -354,6 +379,7 @@ def twice_with_a_change_between(model: nn.Module, batch: Any) -> tuple[Tensor, T
 
 
 CHANGES = [doubled, doubled_in_place, written_through_a_view, written_through_data,
+           written_through_a_view_of_a_cast, cast_and_written,
            written_through_numpy, mixed_up, with_input_gradient]  # fmt: skip
 
 
@@ -552,10 +578,10 @@ def pad(samples: list[Any]) -> dict[str, Tensor]:
     return {"ids": ids, "mask": ids > 0, "labels": torch.tensor([s[1] for s in samples])}
 
 
-def reader() -> Reader:
+def reader(frozen: str = "embed* | mix*") -> Reader:
     torch.manual_seed(0)
     model = Reader()
-    frostline.freeze(model, "embed* | mix*")
+    frostline.freeze(model, frozen)
     return model
 
 
@@ -570,6 +596,14 @@ def test_texts_of_different_lengths(equal_until: int, library: Library) -> None:
                  collate_fn=pad, shuffle=not equal_until)  # fmt: skip
     assert any("different shapes" in note for note in cache.report.notes)
     assert cache.report.replayed >= 14
+
+
+def test_rows_of_different_lengths(library: Library) -> None:
+    """Here what is stored is as long as the text: found out while it is being stored."""
+    cache = both(library, lambda: Texts(equal_until=40), read_text, collate_fn=pad, shuffle=False,
+                 make=lambda: reader("embed*"))  # fmt: skip
+    assert cache.report.replayed == 14
+    assert not any("not cached any more" in note for note in cache.report.notes)
 
 
 # -- random transforms, order, workers ------------------------------------------------------------
@@ -633,6 +667,16 @@ def test_a_sampler_that_draws_as_it_goes(library: Library) -> None:
 def test_with_persistent_workers(library: Library) -> None:
     cache = both(library, Counted, num_workers=1, persistent_workers=True, epochs=2)
     assert cache.report.replayed == 10
+
+
+def test_what_is_not_served_is_read_by_the_workers(library: Library) -> None:
+    model, data = net(), Counted()
+    cache = cached(library, model=model)
+    loader = cache.loader(seeded_loader(data, num_workers=1))
+    before = data.read  # in this process: a look at the first samples
+    train(model, loader, doubled, epochs=2)
+    assert data.read - before <= 3 * 16
+    cache.detach()
 
 
 def test_workers_load_ahead_when_nothing_is_served(library: Library) -> None:

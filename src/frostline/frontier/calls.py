@@ -103,7 +103,10 @@ class Step:
 
     def _leaf(self, place: int) -> Tensor:
         value = None if self.loaded else self._loader.kept(place, self)
-        value = self.leaves()[place] if value is None else value
+        return self.given(self.leaves()[place] if value is None else value)
+
+    def given(self, value: Tensor) -> Tensor:
+        """Keep in mind what a tensor is like when it is handed out."""
         self._given.append((value, _state(value)))
         return value
 
@@ -221,7 +224,7 @@ def _casted(found: StandIn, cast: _Cast) -> StandIn:
     casts = node.casts
     if cast.dtype not in (None, found.dtype) or cast.layout is not None:
         casts = (*casts, (cast.dtype, cast.layout))
-    fresh = Leaf(node.id, node.session, lambda: cast(node.real()), casts)
+    fresh = Leaf(node.id, node.session, lambda: node.session.given(cast(node.real())), casts)
     return stand_in(fresh, meta, cast.device or found.device)
 
 
