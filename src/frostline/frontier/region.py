@@ -179,6 +179,17 @@ def rehearse(region: Region, example: Example) -> None:
         FrontierError: they do not; says in what.
     """
     rows = region.fill(example)
+    if (
+        region.wants_gradients
+        and region.observed(lambda own: _reentrant(region.root(*own.args, **own.kwargs)), example)[
+            0
+        ]
+    ):
+        raise FrontierError(
+            "replay the frozen region",
+            found="reentrant gradient checkpointing, which asks stored values for gradients",
+            fix="gradient checkpointing with use_reentrant=False",
+        )
     full = region.observed(lambda own: region.root(*own.args, **own.kwargs), example)
     replay = region.observed(lambda own: region.run(own, rows), example)
     if (wrong := difference(full, replay)) is not None:
@@ -381,6 +392,11 @@ class Region:
         tape = self._tape(example)
         meta = tape.specs[slot.number].meta()
         return tuple(slot.pattern.split(meta, tape.samples).shape[1:])
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether the model's own code asks frozen values for gradients."""
+        return any(e.verdict is Verdict.GRAD for e in self._found.script.entries)
 
     @property
     def root(self) -> nn.Module:
@@ -810,6 +826,20 @@ def _fitted(value: Tensor, shape: tuple[int, ...]) -> Tensor:
             pad[dim] = want - have
             value = torch.cat([value, value.new_zeros(pad)], dim)
     return value
+
+
+def _reentrant(output: Any) -> bool:
+    """Whether the graph of an output runs through reentrant checkpoints."""
+    waiting = [t.grad_fn for t in tensors_of(output) if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        following = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= following
+        waiting += following
+    return False
 
 
 def _gradients(output: Any, model: nn.Module) -> list[Tensor | None] | None:
