@@ -33,7 +33,7 @@ def to_torch(value: NDArray[Any], dtype: torch.dtype) -> Tensor:
         >>> to_torch(np.ones(2, np.float32), torch.float32)
         tensor([1., 1.])
     """
-    value = np.ascontiguousarray(value)
+    value = np.asarray(value, order="C")
     if value.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16).to(dtype)
     return torch.from_numpy(value).to(dtype)

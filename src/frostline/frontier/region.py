@@ -396,7 +396,8 @@ class Region:
     @property
     def wants_gradients(self) -> bool:
         """Whether the model's own code asks frozen values for gradients."""
-        return any(e.verdict is Verdict.GRAD for e in self._found.script.entries)
+        script = self._found.script
+        return bool(script.grads) or any(e.verdict is Verdict.GRAD for e in script.entries)
 
     @property
     def root(self) -> nn.Module:
