@@ -203,7 +203,7 @@ class Drawn(nn.Module):
             case "add_":
                 return a.add_(b)
             case "fill_":
-                copied = torch.empty_like(a)
+                copied = torch.zeros_like(a)
                 copied[:, :2] = a[:, 2:]
                 copied[:, 2:].copy_(b[:, :2])
                 return copied
@@ -226,9 +226,7 @@ class Drawn(nn.Module):
 
 def step_of(kinds: tuple[str, ...]) -> st.SearchStrategy[Step]:
     places = st.integers(0, 6)
-    return st.builds(
-        Step, st.sampled_from(kinds), places, places, st.booleans(), st.integers(0, 4)
-    )
+    return st.builds(Step, st.sampled_from(kinds), places, places, st.booleans(), st.integers(0, 4))
 
 
 def plan_of(kinds: tuple[str, ...], *, longest: int = 8) -> st.SearchStrategy[Plan]:

@@ -130,9 +130,7 @@ def test_what_pytorch_returns_keeps_its_type():
 
 
 def test_packed_sequences_are_built_again():
-    packed = pack_padded_sequence(
-        torch.randn(3, 4, 2), torch.tensor([4, 2, 1]), batch_first=True
-    )
+    packed = pack_padded_sequence(torch.randn(3, 4, 2), torch.tensor([4, 2, 1]), batch_first=True)
     built = map_leaves(packed, lambda leaf: leaf * 2 if isinstance(leaf, Tensor) else leaf)
     assert isinstance(built, PackedSequence)
     assert torch.equal(built.data, packed.data * 2)
