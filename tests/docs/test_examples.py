@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,29 @@ def test_the_guide_runs_from_top_to_bottom():
         exec(code, names)  # noqa: S102  our own page
     assert len(names["certificate"].holds) > 0
     assert names["found"] == {"epoch": 3}
+
+
+@pytest.mark.parametrize("name", ["cache", "cache_foretell", "cache_loops", "cache_views"])
+def test_the_pages_of_the_cache_run_from_top_to_bottom(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "stores"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names: dict = {}
+    blocks = _blocks(ROOT / f"docs/{name}.md", "python")
+    assert blocks
+    for code in blocks:
+        exec(code, names)  # noqa: S102  our own page
+    if "cache" in names:
+        assert names["cache"].report.replayed == names["cache"].report.batches > 0
+
+
+def test_what_the_page_of_the_cache_prints_is_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names: dict = {}
+    for code in _blocks(ROOT / "docs/cache.md", "python"):
+        said = re.findall(r"^# (.*)$", code, re.MULTILINE)
+        capsys.readouterr()
+        exec(code, names)  # noqa: S102  our own page
+        assert capsys.readouterr().out.splitlines() == said
 
 
 #: What the first example of the README names and a test cannot have, and what stands in for it.
