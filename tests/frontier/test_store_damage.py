@@ -122,6 +122,7 @@ def test_no_flipped_bit_is_believed(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_none_of_all_bits_is_believed_flipped(tmp_path: Path):
     assert flip_bits(tmp_path / "s", 1) > 20_000
 
@@ -458,6 +459,7 @@ def test_the_store_is_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_store_is_its_model_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run_machine(tmp_path, monkeypatch, 0, max_examples=1000, stateful_step_count=40)
     run_machine(tmp_path, monkeypatch, 1 << 20, max_examples=1000, stateful_step_count=40)
