@@ -42,6 +42,7 @@ from frostline.frontier.library import Library
 from frostline.frontier.parts import region_key
 from frostline.frontier.prefetch import Prefetcher, Read
 from frostline.frontier.region import Region, ReplayDiverged, Slot, difference, find_region
+from frostline.frontier.segments import BLOCK_ROWS
 from frostline.frontier.side import skeleton
 from frostline.frontier.standin import Node, StandIn, stand_in, with_values
 from frostline.frontier.store import Column, Store
@@ -59,7 +60,7 @@ _log = logging.getLogger("frostline")
 _flag = attrgetter("requires_grad")
 
 #: Samples computed together: a stored row is then a pure function of its key.
-BLOCK = 32
+BLOCK = BLOCK_ROWS
 #: Samples of a batch that are compared with the full forward pass.
 CHECKED_SAMPLES = 4
 #: Most that rounding may take from a stored value, as a share of the largest one.
@@ -142,6 +143,27 @@ class CacheReport:
     read_s: float = 0.0
     stored_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def sentence(self) -> str:
+        """What it brought, for people; measured, with the break-even.
+
+        Example:
+            >>> report = CacheReport(10, 10, filled_rows=32, read_rows=320, fill_s=2, read_s=0.1)
+            >>> report.sentence().partition("; it ")[2]
+            'paid off after 32 samples of 320'
+        """
+        text = f"cache: {self.replayed} of {self.batches} batches ran without the frozen part"
+        if not self.filled_rows or not self.read_rows:
+            return text
+        each = self.fill_s / self.filled_rows
+        saved = each - self.read_s / self.read_rows
+        paid = "it did not pay off"
+        if saved > 0 and (due := self.fill_s / saved) <= self.read_rows:
+            paid = f"it paid off after {round(due):,} samples of {self.read_rows:,}"
+        return (
+            f"{text}; computing it once took {self.fill_s:.1f} s and reading it {self.read_s:.1f} "
+            f"s, instead of {each * self.read_rows:.1f} s; {paid}"
+        )
 
     def note(self, text: str) -> None:
         """Say something once."""

@@ -35,13 +35,14 @@ from frostline.frontier.loading import (
     Witnessed,
     quiet,
 )
+from frostline.frontier.segments import BLOCK_ROWS
 from frostline.frontier.stream import Stream
 from frostline.frontier.views import IntArray, Views
 
 __all__ = ["BLOCK", "Feed", "SampleChanged", "Ticket"]
 
 #: Samples that are always computed together.
-BLOCK = 32
+BLOCK = BLOCK_ROWS
 #: Samples loaded at the start to see whether their content is random.
 _PROBES = 8
 #: How many of them are also collated alone, to see whether that is random.

@@ -258,6 +258,7 @@ class Session:
         costs = self._costs()
         if (cache := self.prepared.parts.cache) is not None:
             costs["cache"] = cache.costs()
+            _log.info("%s", cache.frontier.report.sentence())
         costs["backward_share"] = self.loop.state.backward_share_sum / max(1, self.loop.state.step)
         self.recorder.end(results, costs=costs)
         summary = results | costs
