@@ -318,8 +318,13 @@ def test_a_weight_is_replaced(library: Library) -> None:
     assert len(library.entries()) == 2
 
 
-def test_a_weight_is_written_without_changing_it(library: Library) -> None:
-    """Data-parallel wrappers do so with buffers at each step."""
+def test_a_weight_is_written_without_changing_it(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data-parallel wrappers do so with buffers at each step: the store stays in use."""
+    opened: list[object] = []
+    whole = Library.open
+    monkeypatch.setattr(Library, "open", lambda *a, **k: opened.append(a) or whole(*a, **k))
 
     def change(model: nn.Module, step: int) -> None:
         weight = model.blocks[0][0].weight
@@ -328,6 +333,7 @@ def test_a_weight_is_written_without_changing_it(library: Library) -> None:
 
     cache, _ = compare(library, change)
     assert cache.report.filled_rows == SAMPLES
+    assert len(opened) == 1
 
 
 def test_an_attribute_of_a_frozen_module_is_changed(library: Library) -> None:
