@@ -179,6 +179,7 @@ def record(
             fix="x = x * 2 instead of x.mul_(2), or nothing: the full forward pass is taken",
         )
     leaving = set(_frozen_in(leaves_of(output).items))
+    _check_fresh(leaves_of(output).items)
     if hidden := set(stand_ins_anywhere(output)) - leaving:
         raise FrontierError(
             "replay the frozen region",
@@ -189,6 +190,7 @@ def record(
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if kept := set(_frozen_in(tensors_in(value))):
+                _check_fresh(tensors_in(value))
                 leaving |= kept
                 recorder.kept.append((name, key))
     recorder.open = False
@@ -218,6 +220,18 @@ def _own(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+
+def _check_fresh(leaves: Iterable[Any]) -> None:
+    """Raise if a frozen value that leaves the model was overwritten through another tensor."""
+    for leaf in leaves:
+        frozen = type(leaf) is StandIn and not leaf.node.live
+        if frozen and version_of(leaf.node.real()) != leaf.node.version:
+            raise FrontierError(
+                "replay the frozen region",
+                found="the model gives out a value that was overwritten through another tensor",
+                fix="nothing to do: the full forward pass is taken",
+            )
 
 
 def _frozen_in(leaves: Iterable[Any]) -> Iterable[int]:

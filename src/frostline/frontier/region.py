@@ -162,6 +162,7 @@ def find_region(
         try:
             with leave_untouched(root) as keep, ignoring_known_hooks(ignore):
                 region = _find(root, example, attempt, keep, split, live)
+            region.settle()
             rehearse(region, example)
         except FrontierError as error:
             failures.append(error)
@@ -392,6 +393,10 @@ class Region:
         tape = self._tape(example)
         meta = tape.specs[slot.number].meta()
         return tuple(slot.pattern.split(meta, tape.samples).shape[1:])
+
+    def settle(self) -> None:
+        """Call once when the model is as it was before the recording."""
+        self._settings.keep_lasting()
 
     @property
     def wants_gradients(self) -> bool:

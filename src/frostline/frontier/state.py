@@ -149,6 +149,14 @@ class Settings:
             for table in _tables(module)
             for key, value in table.items()
         ]
+        self._group()
+
+    def keep_lasting(self) -> None:
+        """Forget the attributes that are no longer what they were: what passes leave behind."""
+        self._seen = [seen for seen in self._seen if not _differs(*seen[:3])]
+        self._group()
+
+    def _group(self) -> None:
         by_table: dict[int, list[tuple[Mapping[str, Any], str, Any]]] = {}
         for table, key, value, _ in self._seen:
             by_table.setdefault(id(table), []).append((table, key, value))
@@ -174,15 +182,19 @@ class Settings:
 
     def _look(self) -> str | None:
         for table, key, value, name in self._seen:
-            now = table.get(key, _GONE)
-            if now is not value and (
-                isinstance(value, Tensor) or type(now) is not type(value) or now != value
-            ):
+            if _differs(table, key, value):
                 return name
         return None
 
 
 _GONE = object()
+
+
+def _differs(table: Mapping[str, Any], key: str, value: Any) -> bool:
+    now = table.get(key, _GONE)
+    return now is not value and (
+        isinstance(value, Tensor) or type(now) is not type(value) or now != value
+    )
 
 
 def _tables(module: nn.Module) -> Iterator[Mapping[str, Any]]:
