@@ -43,7 +43,6 @@ from frostline.backends.torch.backend import TorchBackend
 from frostline.backends.torch.checkpoint import save_checkpoint
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.grouping import layer_groups
-from frostline.backends.torch.measure import measure_costs
 from frostline.backends.torch.optimizer import parameter_groups
 from frostline.cost import predicted_step_s
 from frostline.errors import FrontierError
@@ -193,17 +192,14 @@ def foretell(name: str) -> dict[str, Any]:
     """All depths, foretold; and the sums of group costs alone, for comparison."""
     case = build(name)
     groups = layer_groups(case.model, case.example)
-    start = time.perf_counter()
-    measured = measure_costs(case.model, groups, case.example, repeats=1)
-    plans = [plan_of(groups, d) for d in range(len(groups))]
-    sums = [predicted_step_s(measured, plan) for plan in plans]
-    costs_s = time.perf_counter() - start
     recipe = Recipe(loss=lambda out: loss_of(out, case.targets), clip_norm=1.0)
-    steps = foretell_steps(case.model, measured, case.example, recipe)
-    cached = [predicted_step_s(measured, plan, frozen_prefix_cached=True) for plan in plans]
+    steps = foretell_steps(case.model, groups, case.example, recipe)
+    plans = [plan_of(groups, d) for d in range(len(groups))]
+    sums = [predicted_step_s(steps.groups, plan) for plan in plans]
+    cached = [predicted_step_s(steps.groups, plan, frozen_prefix_cached=True) for plan in plans]
     return {
         "groups": list(groups.names),
-        "spent_s": costs_s + steps.spent_s,
+        "spent_s": steps.spent_s,
         "depths": [
             {
                 "depth": c.depth,

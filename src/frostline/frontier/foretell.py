@@ -19,7 +19,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,14 @@ class StepCosts:
         depths: one entry per depth, from 0.
         spent_s: seconds the prediction itself took.
         processor_s: processor seconds of this process in that time.
+        groups: the layer groups, with their measured costs.
     """
 
     batch_size: int
     depths: tuple[DepthCost, ...]
     spent_s: float = 0.0
     processor_s: float = 0.0
+    groups: LayerGroups = field(default_factory=lambda: LayerGroups(()))
 
     @property
     def disturbed(self) -> bool:
@@ -323,15 +325,20 @@ def foretell_steps(
     say = progress or (lambda _: None)
     batch = Example.of(example)
     size = samples_in(batch)
-    if not groups.measured:
-        say(f"costs of {len(groups)} layer groups, on a batch of {size}")
-        groups = measure_costs(model, groups, batch, repeats=1)
-    shape = _Shape.of(groups)
-    tried = anchors_among(shape, anchors)
     with rehearsal(model, groups, batch, recipe or Recipe()) as stage:
         found = _Found(stage, _few_samples(batch, size), times, folder)
-        found.settle(tried[-1])
-        for depth in reversed(tried):  # memory grows: what was freed cannot hide what comes
+        # Memory grows from depth to depth: what was freed before cannot hide what comes. The
+        # deepest comes before the costs, whose full steps would leave the heap in pieces.
+        deepest = _deepest(groups)
+        found.settle(deepest)
+        say(f"steps with {deepest} of {len(groups)} groups frozen")
+        found.plain(deepest)
+        if not groups.measured:
+            say(f"costs of {len(groups)} layer groups, on a batch of {size}")
+            groups = measure_costs(model, groups, batch, repeats=2)
+        shape = _Shape.of(groups)
+        tried = anchors_among(shape, anchors)
+        for depth in reversed(tried[:-1]):
             say(f"steps with {depth} of {len(groups)} groups frozen")
             found.plain(depth)
         for depth in shape.depths:
@@ -340,7 +347,7 @@ def foretell_steps(
             found.cached(depth, run=depth in tried)
     depths = tuple(_cost_at(d, groups, shape, found, tried) for d in shape.depths)
     spent = time.perf_counter() - started
-    return StepCosts(size, depths, spent, time.process_time() - processor)
+    return StepCosts(size, depths, spent, time.process_time() - processor, groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +361,7 @@ class _Shape:
 
     @classmethod
     def of(cls, groups: LayerGroups) -> _Shape:
-        last = min((g.depth for g in groups if g.name in groups.head), default=len(groups) - 1)
+        last = _deepest(groups)
         plans = [FreezePlan(frozen=frozenset(groups.names[:d])) for d in range(last + 1)]
         costs = [g.cost or GroupCost() for g in groups]
         frozen = [_frozen_forward_s(c) for c in costs]
@@ -374,6 +381,11 @@ class _Shape:
     @property
     def depths(self) -> range:
         return range(len(self.step))
+
+
+def _deepest(groups: LayerGroups) -> int:
+    """How many groups are frozen where only the head trains."""
+    return min((g.depth for g in groups if g.name in groups.head), default=len(groups) - 1)
 
 
 def anchors_among(shape: _Shape, count: int) -> tuple[int, ...]:

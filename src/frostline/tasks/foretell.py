@@ -22,7 +22,6 @@ from frostline.backends.torch.backend import as_found
 from frostline.backends.torch.checkpoint import save_checkpoint
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.grouping import layer_groups
-from frostline.backends.torch.measure import measure_costs
 from frostline.backends.torch.tracing import tensors_in
 from frostline.errors import ConfigError, DataError
 from frostline.frontier.foretell import (
@@ -112,8 +111,6 @@ def foretell_task(
         inputs = batch.to(device)
         example = _example(inputs)
         groups = layer_groups(model, example, head=task.head)
-        say(f"costs of {len(groups)} layer groups, on a batch of {batch.size}")
-        groups = measure_costs(model, groups, example, repeats=2)
         steps = foretell_steps(
             model, groups, example, _recipe(task, inputs, device), progress=progress
         )
@@ -129,7 +126,7 @@ def foretell_task(
             save_s=_saving_s_per_byte(task) if config.checkpoint_every else 0.0,
         )
     spent = time.perf_counter() - started
-    return Forecast(task.config, groups, steps, work, foretell_epochs(steps, work), spent)
+    return Forecast(task.config, steps.groups, steps, work, foretell_epochs(steps, work), spent)
 
 
 def _check_views(views: int, config: RunConfig) -> None:
