@@ -258,6 +258,27 @@ class Driver:
         if self.prove and (suspects := self.backend.written()):
             self._verify([name for name in suspects if name in self._held])
 
+    def foresee(self, updates: int) -> FreezePlan | None:
+        """The plan after so many further updates, if nothing but the clock has a say until then.
+
+        Nothing changes. None for policies that read signals; a policy that answers to metrics may
+        decide otherwise at the next evaluation.
+
+        Args:
+            updates: how far to look, >= 0; not beyond the last update.
+        """
+        if self._stage != "running" or self.policy.needs():
+            return None
+        plan, state, groups = self.plan, self._state, self.backend.groups
+        last = self.progress.step + updates
+        if self.total_steps is not None:
+            last = min(last, self.total_steps - 1)
+        for step in range(self.progress.step, last + 1):
+            progress = Progress(step, self.total_steps, self.steps_per_epoch)
+            event = Event(EventKind.STEP, progress, {}, {}, {})
+            plan, state = self.policy.decide(groups, state, event)
+        return plan
+
     def evaluated(self, metrics: Mapping[str, float]) -> FreezePlan:
         """After an evaluation: let the policy see the metrics."""
         self._started()

@@ -399,6 +399,7 @@ class FrontierCache:
         self._augment = augment
         self._trained: frozenset[str] = frozenset()
         self._intact = True
+        self._adopts = True
         if isinstance(model, nn.DataParallel):
             raise FrontierError(
                 "cache the frozen region of a DataParallel model",
@@ -517,6 +518,12 @@ class FrontierCache:
                 takes the full forward pass until the next epoch.
         """
         self._trained, self._intact = frozenset(trained), intact
+
+    def adopt(self, allowed: bool) -> None:
+        """Whether regions may come into use from now on; those in use stay."""
+        if allowed and not self._adopts:
+            self._off.clear()
+        self._adopts = allowed
 
     def is_off(self, source: Source) -> bool:
         """Whether the last batch of this source was not cached, under what is frozen now.
@@ -701,6 +708,9 @@ class FrontierCache:
                 return old
             if self._strict:
                 return None
+        if not self._adopts:
+            self.report.note("not cached: what is frozen changes after this epoch")
+            return None
         use = self._adopt(batch, state)
         self._active[batch.source.name] = state, use
         return use

@@ -111,6 +111,10 @@ class RunCache:
         with self.frontier.attached():
             yield
 
+    def expect(self, *, lasting: bool) -> None:
+        """Say at the start of an epoch whether what is frozen stays so for more than this one."""
+        self.frontier.adopt(lasting or self.task.config.cache == "on")
+
     def start_epoch(self, *, frozen: Collection[str], intact: bool) -> None:
         """Say what has been frozen since the first update of the epoch.
 

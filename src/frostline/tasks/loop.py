@@ -211,6 +211,8 @@ class TrainingLoop:
         updates = self.batching.updates(order)[done:]
         views = views_of(self.config.seed, self.config.views, epoch, range(len(order)))
         keys = [[(i, views[i]) for i in batch] for update in updates for batch in update]
+        if self.parts.cache is not None:
+            self.parts.cache.expect(lasting=self._lasts())
         batches = self._batches(self.task.train, keys, draw=self.state.step)
         self.parts.model.train()
         self._opened = False
@@ -258,6 +260,25 @@ class TrainingLoop:
             frozen=frozen[0] if frozen else frozenset(),
             intact=all(frozen[0] <= later for later in frozen),
         )
+
+    def _lasts(self) -> bool:
+        """Whether what is frozen in this epoch is frozen in the one before or after it, too.
+
+        What is stored for one epoch alone costs as much as it saves. It follows from decisions
+        and the clock, so an interrupted run answers as an uninterrupted one.
+        """
+        driver, size = self.parts.driver, self.batching.steps_per_epoch
+        groups, begin = driver.backend.groups, self.state.evaluated * size
+        driver.start()
+        now = driver.foresee(0) or driver.plan
+        if begin:
+            before = [d.plan for d in driver.decisions if d.step <= begin - size][-1:]
+            if before and before[0].frozen_parameters(groups) == now.frozen_parameters(groups):
+                return True
+        if self.state.evaluated + 1 >= self.config.epochs:
+            return False
+        after = driver.foresee(begin + size - driver.progress.step)
+        return after is None or now.frozen_parameters(groups) <= after.frozen_parameters(groups)
 
     def _overflown(self) -> bool:
         """Whether the scaler will skip this update; looked up only if a signal depends on it."""
