@@ -567,3 +567,15 @@ def test_a_store_wholly_in_memory_is_verified_on_disk(
     assert believed(store) == set(range(ROWS))
     assert store.verify().damaged == tuple(range(ROWS))
     assert believed(store) == set()
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 5])
+def test_a_short_write_is_gone_on_with(tmp_path: Path, at: int):
+    store = opened(tmp_path)
+    store.write(32, block(32))
+    store.write(0, block(0))  # its files are open now
+    for path in tmp_path.glob("0*"):
+        os.truncate(path, 0)
+    with use_disk(FaultyDisk(at, "short")):
+        store.write(0, block(0))
+    assert believed(opened(tmp_path)) == set(range(32))
