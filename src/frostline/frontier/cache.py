@@ -521,8 +521,6 @@ class FrontierCache:
 
     def adopt(self, allowed: bool) -> None:
         """Whether regions may come into use from now on; those in use stay."""
-        if allowed and not self._adopts:
-            self._off.clear()
         self._adopts = allowed
 
     def is_off(self, source: Source) -> bool:
@@ -530,6 +528,9 @@ class FrontierCache:
 
         Its batches are then better loaded ahead by workers than one by one on demand.
         """
+        _, use = self._active.get(source.name, (None, None))
+        if not self._adopts and use is None:
+            return True
         return self._off.get(source.name) == bytes(map(_flag, self._parameters))
 
     def arguments(self, batch: Batch) -> Example:
@@ -548,9 +549,7 @@ class FrontierCache:
             self.report.note(f"not cached: {error.found}")
             use = None
         if use is None:
-            self._off[batch.source.name] = bytes(map(_flag, self._parameters))
             return self._full(batch, forward, args, kwargs)
-        self._off.pop(batch.source.name, None)
         try:
             values = self._values(use, batch)
             shown = self._shown(use, batch, args, kwargs)
@@ -713,6 +712,10 @@ class FrontierCache:
             return None
         use = self._adopt(batch, state)
         self._active[batch.source.name] = state, use
+        if use is None:
+            self._off[batch.source.name] = bytes(map(_flag, self._parameters))
+        else:
+            self._off.pop(batch.source.name, None)
         return use
 
     def _shallower(self, batch: Batch) -> _Use | None:
