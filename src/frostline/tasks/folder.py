@@ -24,7 +24,14 @@ __all__ = ["RunFolder", "asked_settings", "claim", "log_to"]
 
 _log = logging.getLogger("frostline")
 #: Settings that change where and how a run is done, not what comes out.
-_FREE = {"output", "workers", "checkpoint_every", "keep_checkpoints"}
+_FREE = {
+    "output",
+    "workers",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "cache_dir",
+    "cache_limit_gib",
+}
 #: How long the workers of a killed run may hold its lock until they notice.
 _ORPHANS_S = 15.0
 

@@ -61,8 +61,9 @@ def seed_update(seed: int, purpose: str, count: int) -> None:
 def views_of(seed: int, views: int | None, epoch: int, indices: Sequence[int]) -> list[int]:
     """The view in which each sample is trained on in an epoch.
 
-    A block of 32 consecutive samples is in one view, and neighbouring blocks are in different
-    ones: what is stored is stored by block and view, so an epoch computes no more than it uses.
+    A block of 32 consecutive samples is in one view, since what is stored is stored by block and
+    view: an epoch computes no more than it uses. Blocks are in different views at one time; of
+    two views, neighbouring blocks always are.
 
     Args:
         seed: of the run.
