@@ -18,7 +18,7 @@ from frostline.frontier.taint import KeptWrites, Looks, Streams, Taint
 class Watched(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.still = nn.Linear(4, 4).requires_grad_(False)
+        self.still = nn.Linear(4, 4).requires_grad_(requires_grad=False)
         self.moving = nn.Linear(4, 4)
         self.register_buffer("table", torch.ones(4))
         self.plain = torch.ones(4)
@@ -193,7 +193,7 @@ def test_work_is_counted_on_the_side_where_it_is(watch: Watch):
     assert watch.taint.work_frozen == 2 * once
 
 
-@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand()])  # noqa: NPY002
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
 def test_a_drawn_number_makes_what_is_made_of_it_live(watch: Watch, draw: Any):
     streams = watch.taint.streams
     assert not streams.look()
