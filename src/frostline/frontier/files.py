@@ -74,7 +74,7 @@ def write_at(file: int, data: memoryview, offset: int) -> None:
 def announce(ranges: Iterable[tuple[int | None, int, int]]) -> None:
     """Let the disk fetch many ranges at once rather than one after another.
 
-    From a cold disk this makes a batch arrive two to five times sooner (benchmarks/store_reads.py);
+    From a cold disk a batch arrives much sooner that way (benchmarks/results/store_reads.md);
     what is in memory already costs a fraction of a microsecond more.
     """
     if hasattr(os, "posix_fadvise"):

@@ -34,6 +34,8 @@ SEGMENT_BYTES = 1 << 30
 KEPT_BYTES = 64 << 20
 #: Checksums are fetched this many at a time.
 _PAGE_ROWS = 512
+#: And so many when a store is opened.
+_FIRST_ROWS = 1 << 16
 #: Rows side by side are read in pieces of about this size, which stay in the processor's cache.
 _RUN_BYTES = 1 << 18
 #: Odd, so that different numbers and lengths give different seeds.
@@ -70,6 +72,8 @@ class Table:
         self._lengths = np.zeros(rows if column.ragged else 0, np.uint32)
         self._entry = np.dtype([("sum", "<u8")] + [("length", "<u8")] * column.ragged)
         self.codec = functools.cache(self._codec)
+        # What is there by now, in a few large reads; later looks are for what others add.
+        self._fetch(np.arange(0, rows, _FIRST_ROWS), _FIRST_ROWS)
 
     def _codec(self, length: int) -> Codec:
         return Codec(self.column, (length, *self.shape) if self.column.ragged else self.shape)
@@ -119,14 +123,14 @@ class Table:
         self.present(rows)
         return self._lengths[rows].astype(np.int64)
 
-    def _fetch(self, rows: IntArray) -> None:
+    def _fetch(self, rows: IntArray, page_rows: int = _PAGE_ROWS) -> None:
         """Take the checksums around these rows from disk."""
         file = self._files.readable(f"{self._name}.sums")
         if file is None:
             return
-        for page in np.unique(rows // _PAGE_ROWS).tolist():
-            first = page * _PAGE_ROWS
-            count = min(_PAGE_ROWS, self._rows - first)
+        for page in np.unique(rows // page_rows).tolist():
+            first = page * page_rows
+            count = min(page_rows, self._rows - first)
             raw = os.pread(file, count * self.entry_bytes, first * self.entry_bytes)
             found = np.frombuffer(raw, self._entry, len(raw) // self.entry_bytes)
             self._take(first, found)

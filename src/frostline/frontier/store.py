@@ -151,7 +151,8 @@ class Store:
             # Shapes are part of every checksum: recording wrong ones loses rows, never mixes them.
             _log.warning("starting %s afresh: %s", self.folder, error.found)
             return False
-        self._make_tables([tuple(shape) for shape in shapes])
+        with _io.storage_errors(f"open {self.folder}"):
+            self._make_tables([tuple(shape) for shape in shapes])
         return True
 
     def _make_tables(self, shapes: Sequence[tuple[int, ...]]) -> None:
