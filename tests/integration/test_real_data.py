@@ -47,7 +47,8 @@ def resnet20(output: Path, policy: str, **settings: Any) -> float:
 
 def test_a_pretrained_resnet20_adapts_to_caltech20(tmp_path: Path) -> None:
     """The README's figures: freezing up to layer2 0.79, full 0.79-0.81, random weights 0.47."""
-    assert resnet20(tmp_path / "run", "freeze:select='conv1 | layer1.* | layer2.*'") >= 0.7  # seeds differ by two points
+    # Seeds differ by two points.
+    assert resnet20(tmp_path / "run", "freeze:select='conv1 | layer1.* | layer2.*'") >= 0.7
 
 
 @pytest.mark.slow
