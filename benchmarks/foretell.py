@@ -489,6 +489,11 @@ def table(log: Mapping[str, Any]) -> str:
             lines.append(
                 f"| {words} by sums of group costs alone | {within(errors)} | - | {worst:+.0%} |"
             )
+    missing = [name for name in (*CASES, *TASKS) if not log["models"].get(name, {}).get("measured")]
+    if missing:
+        lines += ["", f"Not compared yet: {', '.join(missing)}."]
+    if "note" in log:
+        lines += ["", log["note"]]
     for name, (title, _) in {**CASES, **TASKS}.items():
         if name in log["models"] and log["models"][name]["measured"]:
             lines += ["", *model_lines(title, log["models"][name], name, found)]
