@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from bench import RESULTS, processor
 
+from frostline.frontier import segments
 from frostline.frontier.prefetch import Prefetcher
 from frostline.frontier.store import BLOCK_ROWS, Column, Encoding, Store
 
@@ -97,6 +98,21 @@ def again(folder: Path, rows: int, rounds: int) -> list[float]:
     took = [epoch(store, order(rows, shuffled=True, seed=i)) for i in range(rounds)]
     store.close()
     return took
+
+
+def announced(folder: Path, rows: int, rounds: int) -> dict[str, list[float]]:
+    """Cold shuffled batches with and without telling the kernel of all rows first, in turn."""
+    found: dict[str, list[float]] = {"announced": [], "one by one": []}
+    real = segments.announce
+    for i in range(2 * rounds):
+        name = ("announced", "one by one")[i % 2]
+        segments.announce = real if name == "announced" else lambda _: None
+        drop(folder)
+        store = opened(folder, rows)
+        found[name].append(epoch(store, order(rows, shuffled=True, seed=i // 2)[:20]))
+        store.close()
+    segments.announce = real
+    return found
 
 
 # -- hiding behind a step ------------------------------------------------------------------------
@@ -237,10 +253,18 @@ def table(log: dict[str, Any]) -> str:
         width = found["width"]
         cells = [rate(middle(found[k]), width) if k in found else "-" for k in KINDS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Cold shuffled batches, all rows announced first as the store does, or read one by one:",
+    ]
+    lines += ["", "| rows | announced | one by one | |", "|---|---|---|---|"]
+    for size, found in log["announced"].items():
+        good, bad = middle(found["announced"]), middle(found["one by one"])
+        lines.append(f"| {size} | {good:.2f} ms | {bad:.2f} ms | {bad / good:.1f} times |")
     lines += ["", "Later epochs: shuffled, the same store open. Columns of up to 64 MB are then in",
               "memory (1.5 KB rows here).", "", "## Behind a training step", "",
-              "Cold shuffled rows of 100 KB. While a core computes, the reader needs another that",
-              "is free: on a machine that others use it has none, and hides little.", "",
+              "Cold shuffled rows of 100 KB. While a core computes, the reader needs another one:",
+              "those lines say little where the load below is near the number of cores.", "",
               "| step | alone | read, then step | read ahead | hidden |",
               "|---|---|---|---|---|"]  # fmt: skip
     for name, found in log["hidden"].items():
@@ -282,6 +306,7 @@ def measure(place: Path, rounds: int) -> dict[str, Any]:
             "load_1min": round(os.getloadavg()[0], 1),
         },
         "passes": {},
+        "announced": {},
         "hidden": {},
     }
     encodings: tuple[Encoding, ...] = ("exact", "bfloat16", "float16", "int8")
@@ -293,6 +318,7 @@ def measure(place: Path, rounds: int) -> dict[str, Any]:
             found["width"] = width
             if encoding == "exact":
                 found["later epochs"] = again(folder, rows, rounds)
+                log["announced"][size] = announced(folder, rows, rounds)
             log["passes"][f"{size}, {encoding}"] = found
     width, rows = SIZES["100 KB"]
     folder = place / f"{width}-exact"
