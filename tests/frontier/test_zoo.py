@@ -34,12 +34,7 @@ KNOWN = {
     ("backbone in inference mode", EVERY): "refused: such tensors count no writes",
     ("BERT, eager attention, all hidden states and attentions out", EVERY):
         "refused: transformers collects attentions of layers that do not run",
-    ("Swin of transformers", "all but head"): "refused: a setting settles at the first forward",
     ("batch of a class of its own", EVERY): "refused: samples inside an object",
-    ("sparse gradients", EVERY): "crashes: the rehearsal compares sparse gradients",
-    ("control flow by the batch's values", "three quarters"): "different",
-    ("control flow by the batch's values", "all but head"): "different",
-    ("flag over the batch read by live code", EVERY): "different",
 }  # fmt: skip
 
 

@@ -108,7 +108,11 @@ def bert_checkpointing() -> Made:
     return _checkpointing(reentrant=False)
 
 
-@case("BERT, reentrant gradient checkpointing", optimizer="adamw")
+@case(
+    "BERT, reentrant gradient checkpointing",
+    optimizer="adamw",
+    nothing_at=frozenset({"quarter", "half", "three quarters", "all but head"}),
+)
 def bert_checkpointing_reentrant() -> Made:
     return _checkpointing(reentrant=True)
 

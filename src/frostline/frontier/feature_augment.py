@@ -38,7 +38,7 @@ __all__ = ["STEPS", "FeatureAugment", "Kind", "Step", "kind_of", "read_feature_a
 
 Kind = Literal["vector", "tokens", "map", "map-last", "other"]
 _MAX_LENGTH = 1_000
-_NUMBER = re.compile(r"\d*\.?\d+|\d+\.")
+_NUMBER = re.compile(r"(\d*\.?\d+|\d+\.)(e-\d{1,3})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,9 @@ class Step:
             )
 
     def __str__(self) -> str:
-        return f"{self.name}={np.format_float_positional(self.amount, trim='-')}"
+        tiny = 0 < self.amount < 1e-12  # written out, it would take hundreds of zeros
+        amount = repr(self.amount) if tiny else np.format_float_positional(self.amount, trim="-")
+        return f"{self.name}={amount}"
 
 
 #: The changes, and the largest amount of each.

@@ -27,11 +27,12 @@ from frostline.frontier.sessions import (
 )
 from frostline.frontier.standin import StandIn, version_of
 from frostline.frontier.structure import attributes_of, leaves_of, map_leaves, tensors_of
-from frostline.frontier.taint import Looks, Taint
+from frostline.frontier.taint import Looks, Taint, held_by
 
 __all__ = [
     "LENIENCE",
     "Found",
+    "Opened",
     "Pattern",
     "Recording",
     "analyse",
@@ -117,6 +118,18 @@ class Found:
     ends: tuple[tuple[str, str], ...]
 
 
+class Opened(Exception):
+    """Modules that were taken as a whole have to be looked into.
+
+    Attributes:
+        names: of these modules.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__(", ".join(sorted(names)))
+        self.names = frozenset(names)
+
+
 def batch_size(example: Example) -> int:
     """Samples in a batch: the first dimension of its first tensor.
 
@@ -151,6 +164,9 @@ def record(
     example: Example,
     keep: Callable[[Tensor], None],
     live: Collection[str] = (),
+    whole: Collection[str] = (),
+    *,
+    counts: bool = True,
 ) -> Recording:
     """Run the model as it is on a few samples and write down what happens.
 
@@ -161,11 +177,17 @@ def record(
         example: a few samples.
         keep: called with a parameter before it is written to.
         live: names of parameters that count as trained, whatever they say.
+        whole: names of modules to run as a whole.
+        counts: whether to count floating-point operations.
+
+    Raises:
+        Opened: some of these have to be looked into.
+        FrontierError: the model cannot be replayed.
     """
     args, kwargs = map_leaves((example.args, dict(example.kwargs)), _own, objects=True)
-    taint = Taint(model, list(tensors_in((args, kwargs))), keep)
+    taint = Taint(model, list(tensors_in((args, kwargs))), keep, counts=counts)
     taint.mark([p for n, p in model.named_parameters(remove_duplicate=False) if n in live])
-    recorder = Recorder(model, taint)
+    recorder = Recorder(model, taint, frozenset(whole))
     modules = {name: module for name, module in model.named_modules() if name}
     wrap = lambda leaf: recorder.input(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
     ins = map_leaves((args, kwargs), wrap, objects=True)
@@ -178,6 +200,12 @@ def record(
             found="the model writes into the batch it is given",
             fix="x = x * 2 instead of x.mul_(2), or nothing: the full forward pass is taken",
         )
+    attributes = [(name, key, value) for name, module in model.named_modules()
+                  for key, value in held_by(module)]  # fmt: skip
+    for value in (leaves_of(output).items, *(value for *_, value in attributes)):
+        taint.belongs_inside(value)
+    if opened := recorder.opened | taint.escaped:
+        raise Opened(opened)
     leaving = set(_frozen_in(leaves_of(output).items))
     _check_fresh(leaves_of(output).items)
     if hidden := set(stand_ins_anywhere(output)) - leaving:
@@ -187,12 +215,11 @@ def record(
             "object (a cache of keys and values)",
             fix="call the model with use_cache=False",
         )
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if kept := set(_frozen_in(tensors_in(value))):
-                _check_fresh(tensors_in(value))
-                leaving |= kept
-                recorder.kept.append((name, key))
+    for name, key, value in attributes:
+        if kept := set(_frozen_in(tensors_in(value))):
+            _check_fresh(tensors_in(value))
+            leaving |= kept
+            recorder.kept.append((name, key))
     recorder.open = False
     return Recording(recorder, frozenset(leaving), batch_size(example))
 
@@ -271,13 +298,16 @@ def analyse(
             overwritten through another tensor.
     """
     for other, _ in others:
+        _check_insides(one.recorder, other.recorder)
         _check_same_path(one.recorder, other.recorder)
     other = others[0][0]
     shapes = _shapes(one, other)
+    mixed = _mixed(one.recorder, shapes)
     patterns = {
         number: pattern
         for number, pattern in shapes.items()
-        if all(_agrees(number, pattern, one, twin, shared) for twin, shared in others)
+        if number not in mixed
+        and all(_agrees(number, pattern, one, twin, shared) for twin, shared in others)
     }
     unfit: dict[int, str] = {}
     while True:
@@ -288,6 +318,8 @@ def analyse(
             _mark_varying(script, other.recorder)
             slots, constants, needed = _slots(script, patterns, one.recorder)
         except _Unfit as error:
+            if error.call in one.recorder.insides:
+                raise Opened({one.recorder.calls[error.call].name}) from None
             unfit[error.call] = error.why
         else:
             break
@@ -310,6 +342,50 @@ def _check_same_path(one: Recorder, other: Recorder) -> None:
             found="the model does more for some samples than for others",
             fix="nothing to do: the full forward pass is taken",
         )
+
+
+def _check_insides(one: Recorder, other: Recorder) -> None:
+    """Raise if a module that ran as a whole did other things for another number of samples.
+
+    A value that samples decide, and whose shape is the same for any number of them, holds a fact
+    about the whole batch: its maximum, a flag. What follows from it may mix samples, even if it
+    did not in these few.
+    """
+    if one.insides.keys() != other.insides.keys():
+        raise Opened({r.calls[i].name for r in (one, other) for i in r.insides})
+    opened: set[str] = set()
+    for number, inside in one.insides.items():
+        steps, twins = inside.steps, other.insides[number].steps
+        same = len(steps) == len(twins) and all(
+            a[0] is b[0] and a[2] == b[2] for a, b in zip(steps, twins, strict=True)
+        )
+        alike = same and any(
+            a[2] and b[2] and any(x == y for x, y in zip(a[1], b[1], strict=True))
+            for a, b in zip(steps, twins, strict=True)
+        )
+        if not same or alike:
+            opened.add(one.calls[number].name)
+    if opened:
+        raise Opened(opened)
+
+
+def _mixed(recorder: Recorder, shapes: Mapping[int, Pattern]) -> set[int]:
+    """Values that follow from a fact about the whole batch, as `_check_insides` has it.
+
+    Samples may be mixed by it, though they were not in the few that were recorded.
+    """
+    alike = {number for number, pattern in shapes.items() if pattern.dim < 0}
+    inputs = next((min(e.made) for e in recorder.entries if e.made), len(recorder.specs))
+    free = _free_of_values(recorder.entries) | (alike & set(range(inputs)))
+    mixed: set[int] = set()
+    for entry in recorder.entries:
+        if free.issuperset(entry.made):
+            continue
+        if not mixed.isdisjoint(entry.parents):
+            mixed.update(entry.made)
+        elif not free.issuperset(entry.parents):
+            mixed.update(alike.intersection(entry.made) - free)
+    return mixed
 
 
 def _shapes(one: Recording, other: Recording) -> dict[int, Pattern]:
@@ -488,7 +564,7 @@ def _slots(
     """Which needed values to store, which are constant, which to compute from the others."""
     reads = (Verdict.LIVE, Verdict.LOOK, Verdict.EAGER)  # a wish for a gradient reads nothing
     wanted = {p for e in script.entries if e.verdict in reads for p in e.parents} | script.outputs
-    skips, free = _behind_skips(script), _free_of_values(script)
+    skips, free = _behind_skips(script), _free_of_values(script.entries)
     slots: set[int] = set()
     constants: set[int] = set()
     computed: set[int] = set()
@@ -530,13 +606,13 @@ _SHAPE_ONLY = frozenset(
 )  # fmt: skip
 
 
-def _free_of_values(script: Script) -> set[int]:
+def _free_of_values(entries: Iterable[Entry]) -> set[int]:
     """Values that no sample decides, only shapes: the same for all of one shape.
 
     That a value was the same in all recordings does not show it: a flag over a batch often is.
     """
     free: set[int] = set()
-    for entry in script.entries:
+    for entry in entries:
         shape_only = entry.verdict is Verdict.GLUE and entry.what in _SHAPE_ONLY
         if shape_only or (entry.parents and free.issuperset(entry.parents)):
             free.update(entry.made)

@@ -125,6 +125,7 @@ def region_key(
     passed: Iterable[str] | None = None,
     encoding: str | Mapping[str, str] = "exact",
     device: torch.device | str = "cpu",
+    weights: Mapping[str, Any] | None = None,
 ) -> CacheKey:
     """The key of what a region stores, in the model's and the process's present state.
 
@@ -140,6 +141,8 @@ def region_key(
             belongs to the region; None: not known, so every module of the model counts.
         encoding: of all slots, or by name.
         device: on which rows are computed.
+        weights: this section of another key of the same region, whose tensors are known to be
+            what they were then; None: looked at now.
 
     Raises:
         FrontierError: a name that the model does not have, or parts that are no plain JSON.
@@ -152,7 +155,7 @@ def region_key(
         >>> key.unknown
         ()
     """
-    sections = model_parts(model, skipped=skipped, tensors=tensors, passed=passed)
+    sections = model_parts(model, skipped=skipped, tensors=tensors, passed=passed, weights=weights)
     stored = slot_parts(slots)
     return CacheKey(
         {
@@ -176,6 +179,7 @@ def model_parts(
     skipped: Iterable[str],
     tensors: Iterable[str] | None = None,
     passed: Iterable[str] | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The sections that the model decides: weights, structure, modes, versions.
 
@@ -189,9 +193,9 @@ def model_parts(
     names = region_modules(root, skipped, passed)
     structure, packages = structure_parts(root, names)
     return {
-        "weights": weight_parts(
-            root, tensors, skipped=skipped, loose=passed is None or bool(passed)
-        ),
+        "weights": dict(weights)
+        if weights is not None
+        else weight_parts(root, tensors, skipped=skipped, loose=passed is None or bool(passed)),
         "structure": structure,
         "modes": mode_parts(root, names),
         "versions": version_parts(packages),

@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ from frostline.errors import FrontierError
 from frostline.frontier.finding import (
     LENIENCE,
     Found,
+    Opened,
     Pattern,
     analyse,
     batch_size,
@@ -40,7 +42,7 @@ from frostline.frontier.finding import (
     record,
     rows_of,
 )
-from frostline.frontier.script import ReplayDiverged, Spec, Verdict, call_name
+from frostline.frontier.script import ReplayDiverged, Spec, Unsettled, Verdict, call_name
 from frostline.frontier.sessions import (
     AllFilled,
     Filler,
@@ -67,6 +69,9 @@ __all__ = ["Ending", "Region", "ReplayDiverged", "Slot", "difference", "find_reg
 _WORK_PER_BYTE = 20
 #: Samples that a region is found and rehearsed with.
 _REHEARSED = 4
+#: Recordings made with some modules taken as a whole, before everything is looked into.
+_ROUNDS = 5
+_LIVE_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
 #: Pairs of samples for further recordings, which must take the same path as the first. No sample
 #: has the same company in all, none is in all of them (of four samples), and ranks change.
 _PAIRS = (((2, 0), (3, 1)), ((1, 0), (3, 2)), ((2, 1), (3, 0)))
@@ -152,48 +157,97 @@ def find_region(
     example = rows_of(example, range(min(_REHEARSED, size)))
     failures: list[FrontierError] = []
     pairs = _PAIRS if size > 3 else _PAIRS_OF_THREE
-    # Hooks known to be harmless are ignored, unless the rehearsal shows that they do something.
-    for attempt, ignore in (
-        (pairs[0], True),
-        (pairs[0], False),
-        (pairs[1], True),
-        (pairs[2], True),
+    # Modules that are frozen altogether are first tried as a whole; hooks known to be harmless
+    # are ignored, unless the rehearsal shows that they do something.
+    for attempt, whole, ignore in (
+        (pairs[0][1:], True, True),
+        (pairs[0], False, True),
+        (pairs[0], False, False),
+        (pairs[1], False, True),
+        (pairs[2], False, True),
     ):
         try:
             with leave_untouched(root) as keep, ignoring_known_hooks(ignore):
-                region = _find(root, example, attempt, keep, split, live)
-            region.settle()
-            rehearse(region, example)
+                first = _first_pass(root, example, keep)
+                region = _found(root, example, attempt, keep, split, live, whole=whole)
+            region.settle(first.writes)
+            rehearse(region, example, first)
+        except Unsettled:
+            raise
         except FrontierError as error:
             failures.append(error)
         else:
             return region
-    raise failures[0]
+    # What a module looked into says is the better reason.
+    raise failures[1]
 
 
-def rehearse(region: Region, example: Example) -> None:
-    """Run the model with and without its frozen part on a few samples, and compare everything.
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """The model's own pass over the few samples: what a replay must give as well.
+
+    Attributes:
+        result: (output, gradients of the trained parameters).
+        writes: parameters that it wrote to.
+        reentrant: whether its graph runs through reentrant checkpoints.
+    """
+
+    result: Any
+    writes: tuple[str, ...]
+    reentrant: bool
+
+
+def _first_pass(root: nn.Module, example: Example, keep: Callable[[Tensor], None]) -> _Pass:
+    """Run the model as it is: it swaps modules and fills caches now, and not when recorded."""
+    own = rows_of(example, range(batch_size(example)))
+    watch = KeptWrites(root, keep)
+    with _explained(f"run {type(root).__name__} on a few samples"):
+        with watch:
+            output = root(*own.args, **own.kwargs)
+        reentrant = _reentrant(output)
+        return _Pass((output, _gradients(output, root)), tuple(watch.written), reentrant)
+
+
+@contextmanager
+def _explained(asked: str) -> Iterator[None]:
+    """Whatever a model raises, as a `FrontierError`."""
+    try:
+        yield
+    except (FrontierError, Opened):
+        raise
+    except Exception as error:
+        raise FrontierError(
+            asked,
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            fix="nothing to do: the full forward pass is taken",
+        ) from error
+
+
+def rehearse(region: Region, example: Example, first: _Pass | None = None) -> None:
+    """Run the model without its frozen part on a few samples, and compare with its full pass.
 
     Outputs, and the gradients of a loss over them, must agree. The model is left as it was.
+
+    Args:
+        region: of the model.
+        example: the samples.
+        first: the full pass, where it has been run.
 
     Raises:
         FrontierError: they do not; says in what.
     """
-    rows = region.fill(example)
-    if (
-        region.wants_gradients
-        and region.observed(lambda own: _reentrant(region.root(*own.args, **own.kwargs)), example)[
-            0
-        ]
-    ):
+    if first is None:
+        with leave_untouched(region.root) as keep:
+            first = _first_pass(region.root, example, keep)
+    if region.wants_gradients and first.reentrant:
         raise FrontierError(
             "replay the frozen region",
             found="reentrant gradient checkpointing, which asks stored values for gradients",
             fix="gradient checkpointing with use_reentrant=False",
         )
-    full = region.observed(lambda own: region.root(*own.args, **own.kwargs), example)
+    rows = region.fill(example)
     replay = region.observed(lambda own: region.run(own, rows), example)
-    if (wrong := difference(full, replay)) is not None:
+    if (wrong := difference(first.result, replay)) is not None:
         raise FrontierError(
             "replay the frozen region",
             found=f"the rehearsal on {batch_size(example)} samples went wrong: {wrong}",
@@ -220,35 +274,70 @@ def difference(one: Any, other: Any) -> str | None:
     return None
 
 
-def _find(
+def _found(
     root: nn.Module,
     example: Example,
     pairs: Sequence[tuple[int, int]],
     keep: Callable[[Tensor], None],
     split: Collection[str],
     live: Collection[str],
+    *,
+    whole: bool,
+) -> Region:
+    """The region by some recordings of few samples.
+
+    Modules taken as a whole are looked into where one recording shows that it is needed; where
+    that takes too many recordings, everything is looked into by the caller's next attempt.
+    """
+    names = _frozen_modules(root, split, live) if whole else frozenset[str]()
+    for _ in range(_ROUNDS):
+        try:
+            return _recorded(root, example, pairs, keep, split, live, names)
+        except Opened as error:
+            names -= error.names
+    raise FrontierError(
+        "record the frozen region",
+        found="frozen modules that have to be looked into",
+        fix="nothing to do: the full forward pass is taken",
+    )
+
+
+def _frozen_modules(
+    root: nn.Module, split: Collection[str], live: Collection[str]
+) -> frozenset[str]:
+    """Names of modules in which nothing trains and nothing has to be kept apart."""
+    trained = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
+    apart = {name.partition("#")[0].removesuffix(".*") for name in split}
+    inner = {*trained, *live, *apart}
+    around = {name[:place] for name in inner for place, c in enumerate(name) if c == "."}
+    # What is to be kept apart inside of a module may be the module's own code.
+    around |= {name.removesuffix(".*") for name in split if name.endswith(".*")}
+    # Not worth a try: these are live in training.
+    odd = {n for n, m in root.named_modules() if isinstance(m, torch.jit.ScriptModule)
+           or (m.training and isinstance(m, _LIVE_IN_TRAINING))}  # fmt: skip
+    around |= {name[:place] for name in odd for place, c in enumerate(name) if c == "."}
+    return frozenset(n for n, _ in root.named_modules() if n) - around - odd
+
+
+def _recorded(
+    root: nn.Module,
+    example: Example,
+    pairs: Sequence[tuple[int, int]],
+    keep: Callable[[Tensor], None],
+    split: Collection[str],
+    live: Collection[str],
+    whole: frozenset[str],
 ) -> Region:
     three = rows_of(example, (0, 1, 2))
-    try:
-        with KeptWrites(root, keep):
-            own = rows_of(three, (0, 1, 2))
-            root(*own.args, **own.kwargs)  # modules swapped and caches filled at the first pass
-        one = record(root, three, keep, live)
+    with _explained(f"record the frozen region of {type(root).__name__}"):
+        one = record(root, three, keep, live, whole)
         others = [
             (
-                record(root, rows_of(example, pair), keep, live),
+                record(root, rows_of(example, pair), keep, live, whole, counts=False),
                 [(sample, place) for place, sample in enumerate(pair) if sample < 3],
             )
             for pair in pairs
         ]
-    except FrontierError:
-        raise
-    except Exception as error:
-        raise FrontierError(
-            f"record the frozen region of {type(root).__name__}",
-            found=f"{type(error).__name__}: {_first_line(error)}",
-            fix="nothing to do: the full forward pass is taken",
-        ) from error
     found = analyse(root, one, others, split)
     tape = _Tape(
         dict(one.recorder.specs),
@@ -302,6 +391,11 @@ class Region:
         self._by_name = {slot.name: slot for slot in self.slots}
         self._by_number = {slot.number: slot for slot in self.slots}
         self._settings = Settings(self._settled())
+        self._modes = [
+            (inner, inner.training)
+            for module in self._modules.values()
+            for inner in module.modules()
+        ]
         self._may_look = any(
             e.verdict in (Verdict.LOOK, Verdict.EAGER) for e in found.script.entries
         )
@@ -314,11 +408,12 @@ class Region:
             for name, module in root.named_modules()
             if name and any(is_foreign(h) for table in hook_tables(module) for h in table.values())
         }
-        skipped = set(self.modules)
+        skipped = {id(inner) for module in self._modules.values() for inner in module.modules()}
+        homes = {name.rpartition(".")[0] for name in recorder.written}
         self._buffered = [
-            (module, tuple(module.buffers(recurse=False)))
+            (module, name in homes, tuple(module.buffers(recurse=False)))
             for name, module in root.named_modules()
-            if name not in skipped and any(True for _ in module.buffers(recurse=False))
+            if id(module) not in skipped and any(True for _ in module.buffers(recurse=False))
         ]
 
     @property
@@ -394,9 +489,66 @@ class Region:
         meta = tape.specs[slot.number].meta()
         return tuple(slot.pattern.split(meta, tape.samples).shape[1:])
 
-    def settle(self) -> None:
-        """Call once when the model is as it was before the recording."""
-        self._settings.keep_lasting()
+    def settle(self, writes: Collection[str] = ()) -> None:
+        """Call once when the model is as it was before the recording.
+
+        Args:
+            writes: parameters that the first pass wrote to.
+
+        Raises:
+            Unsettled: a frozen module has a state that it gets in its first pass only; skipped,
+                it would not get it.
+        """
+        moved = self._settings.keep_lasting()
+        inside = tuple(f"{name}." for name in self._modules)
+        if lost := next((n for n in (*writes, *moved) if n.startswith(inside)), None):
+            raise Unsettled(
+                "replay the frozen region",
+                found=f"{lost} becomes what it will be in the model's first forward pass",
+                fix="run the model on one batch in the mode in which it is trained",
+            )
+
+    def again(self, example: Example) -> Region:
+        """The same region in the model's present modes, rehearsed: for evaluation after training.
+
+        For a fraction of the price of finding it, where every frozen layer is in it and runs in
+        the mode in which it was found.
+
+        Args:
+            example: a batch of at least one sample.
+
+        Raises:
+            FrontierError: it is another region in these modes, or may be.
+        """
+        here = all(module.training == mode for module, mode in self._modes)
+        if not here or not self.holds_all_frozen:
+            raise FrontierError(
+                "use the frozen region in other modes",
+                found="frozen layers outside of it, or in another mode",
+                fix="find the region again",
+            )
+        twin: Region = copy.copy(self)
+        twin._tapes = dict(self._tapes)
+        twin._with_grad = torch.is_grad_enabled()
+        twin._given = _given_alike(example)
+        twin._settings = Settings(twin._settled())
+        rehearse(twin, rows_of(example, range(min(_REHEARSED, batch_size(example)))))
+        return twin
+
+    def is_twin_of(self, other: Region) -> bool:
+        """Whether one of them comes from the other by `again`."""
+        return self._found is other._found
+
+    @property
+    def holds_all_frozen(self) -> bool:
+        """Whether every layer whose parameters are all frozen is skipped."""
+        inside = tuple(f"{name}." for name in self._modules)
+        for name, module in self._root.named_modules():
+            own = list(module.parameters(recurse=False))
+            frozen = bool(own) and not any(p.requires_grad for p in own)
+            if frozen and not f"{name}.".startswith(inside):
+                return False
+        return True
 
     @property
     def wants_gradients(self) -> bool:
@@ -777,7 +929,12 @@ class Region:
         cpu = torch.get_rng_state()
         others = (random.getstate(), np.random.get_state()) if self._may_look else None  # noqa: NPY002
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        buffers = [(b, b.detach().clone()) for m, bs in self._buffered if m.training for b in bs]
+        buffers = [
+            (b, b.detach().clone())
+            for module, written, own in self._buffered
+            if written or module.training
+            for b in own
+        ]
 
         def undo() -> None:
             torch.set_rng_state(cpu)

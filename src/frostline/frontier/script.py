@@ -16,11 +16,25 @@ from torch import Tensor
 
 from frostline.errors import FrontierError
 
-__all__ = ["Call", "Entry", "Out", "ReplayDiverged", "Script", "Spec", "Verdict", "same_constants"]
+__all__ = [
+    "Call",
+    "Entry",
+    "Out",
+    "ReplayDiverged",
+    "Script",
+    "Spec",
+    "Unsettled",
+    "Verdict",
+    "same_constants",
+]
 
 
 class ReplayDiverged(FrontierError):
     """The model did something else than when its frozen region was recorded."""
+
+
+class Unsettled(FrontierError):
+    """A frozen module becomes what it will be in its first forward pass, which has not been yet."""
 
 
 class Verdict(Enum):

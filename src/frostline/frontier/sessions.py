@@ -10,8 +10,9 @@ things: stand-ins wherever a value of the frozen region goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,7 @@ from frostline.frontier.standin import (
 )
 from frostline.frontier.state import foreign_hooks, hook_tables, is_foreign, state_of
 from frostline.frontier.structure import Leaves, leaves_of, map_leaves, tensors_of
-from frostline.frontier.taint import Taint
+from frostline.frontier.taint import Inside, Taint
 
 __all__ = [
     "NO_SAMPLE",
@@ -191,9 +192,14 @@ def _changed(found: Sequence[StandIn], versions: Sequence[int]) -> list[int]:
 class Recorder:
     """Runs the model on stand-ins that hold their values, and writes down what happens.
 
+    Modules that are known to be frozen may be run as a whole (`whole`): what is inside them is
+    watched below autograd and not written down, which takes a fraction of the time. If that shows
+    that such a module cannot be skipped, it is named in `opened`, and the recording is void.
+
     Args:
         model: the model; left alone by the caller's care.
         taint: entered while the model runs.
+        whole: names of modules to run as a whole where all that they read is frozen.
 
     Attributes:
         entries: all operations on values of the frozen region, those inside modules included.
@@ -203,10 +209,17 @@ class Recorder:
         places: name of the module in whose code each value was made.
         grads: values of which the model's own code wants a gradient.
         kept: (module, attribute) where the model left values of the frozen region.
+        opened: names of the modules that cannot be taken as a whole.
+        insides: what happened inside of each call that ran as a whole, by its number in `calls`.
     """
 
-    def __init__(self, model: nn.Module, taint: Taint) -> None:
+    def __init__(
+        self, model: nn.Module, taint: Taint, whole: Collection[str] = frozenset()
+    ) -> None:
         self.open = True
+        self.opened: set[str] = set()
+        self.insides: dict[int, Inside] = {}
+        self._whole = frozenset(whole)
         self.entries: list[Entry] = []
         self.calls: list[Call] = []
         self.specs: dict[int, Spec] = {}
@@ -228,6 +241,11 @@ class Recorder:
         return self._taint.work_frozen / total if total else 0.0
 
     @property
+    def written(self) -> frozenset[str]:
+        """Names of the parameters and buffers that the pass wrote to."""
+        return frozenset(self._taint.written)
+
+    @property
     def frozen_work(self) -> int:
         """Floating-point operations that are frozen."""
         return self._taint.work_frozen
@@ -236,6 +254,7 @@ class Recorder:
         """A stand-in for one tensor of the batch; live ones stay as they are."""
         number = len(self.specs)
         made = self._new(tensor, number)
+        self._taint.sample(tensor)
         return tensor if self._taint.is_live(tensor) else made
 
     def _new(self, tensor: Tensor, number: int | None = None) -> StandIn:
@@ -262,7 +281,6 @@ class Recorder:
         taint = self._taint
         if func in WANTS_GRAD and type(args[0]) is StandIn:
             return self._want_grad(func, args, kwargs)
-        taint.streams.look()
         taint.dynamic, taint.why = False, None
         found = [s for s in found if not s.node.live]
         entry = Entry(
@@ -360,11 +378,16 @@ class Recorder:
             return _through(self, Scripted(name, original), args, kwargs)
         number = self._counts.get(name, 0)
         self._counts[name] = number + 1
+        if taint.inside is not None:
+            return original(*args, **kwargs)
         record = Call(name, number, tuple(self._stack), len(self.entries))
         ins = _inputs(args, kwargs)
         entering = [s.node for s in ins]
-        before = state_of(module), state_of((args, kwargs)), len(taint.written)
         opaque = taint.is_live([t for t in tensors_of((args, kwargs)) if type(t) is not StandIn])
+        if ins and not opaque and name in self._whole and _is_simple((args, kwargs)):
+            return self._call_whole(record, original, args, kwargs, ins)
+        state = None if opaque else (state_of(module), state_of((args, kwargs)))
+        before = state, len(taint.written)
         stale = any(version_of(n.real()) != n.version for n in entering)
         taint.streams.look()
         moved, taint.streams.moved_here = taint.streams.moved_here, False
@@ -390,13 +413,68 @@ class Recorder:
             record.entry.stale = stale
         return result
 
+    def _call_whole(
+        self, record: Call, original: Forward, args: Any, kwargs: Any, ins: list[StandIn]
+    ) -> Any:
+        """Run a frozen module on real values, and note what tells whether it may be skipped."""
+        taint, module = self._taint, self._modules[record.name]
+        self.calls.append(record)
+        index = len(self.calls) - 1
+        entering = [s.node for s in ins]
+        real = _all_real(args), _all_real(kwargs)
+        versions = [version_of(n.real()) for n in entering]
+        stale = any(version_of(n.real()) != n.version for n in entering)
+        before = _states(module), state_of(real), len(taint.written)
+        taint.streams.look()
+        moved, taint.streams.moved_here = taint.streams.moved_here, False
+        taint.why, taint.dynamic = None, False
+        inside = self.insides[index] = taint.enter()
+        results: Sequence[Tensor] = ()
+        try:
+            result = original(*real[0], **real[1])
+            results = [t for t in leaves_of(result).items if isinstance(t, Tensor)]
+        finally:
+            taint.leave(record.name, results)
+        draws = taint.streams.look() or taint.streams.moved_here
+        taint.streams.moved_here = moved or draws
+        same = before == (_states(module), state_of(real), len(taint.written))
+        plain = all(
+            type(leaf) is Tensor and taint.is_sampled(leaf) and not leaf.requires_grad
+            if isinstance(leaf, Tensor)
+            else _is_plain(leaf)
+            for leaf in leaves_of(result).items
+        )
+        if (
+            inside.lived or inside.looked or draws or taint.dynamic or taint.why is not None
+            or not same or not plain or not results or self._hooked[record.name] is not None
+        ):  # fmt: skip
+            self.opened.add(record.name)
+            if inside.lived or draws or not plain:
+                return result
+        changed = _changed(ins, versions)
+        made = Entry(
+            what=(record.name, record.number),
+            verdict=Verdict.CALL,
+            parents=tuple(node.id for node in entering),
+            constants=tuple(c for c in _constants(args, kwargs) if _is_plain(c)),
+            where=record.name,
+            calls=(*record.around, index),
+            stale=stale,
+        )
+        wrapped = self._wrap(made, result, ins, changed)
+        self.entries.append(made)  # in place of all that happened inside
+        record.end = len(self.entries)
+        record.entry = replace(made, calls=record.around)
+        return wrapped
+
     def _unfit(
         self, record: Call, module: nn.Module, *, draws: bool, opaque: bool, before: Any, args: Any
     ) -> str | None:
-        state, passed, written = before
-        inner = self.entries[record.begin : record.end]
-        if opaque:
+        known, written = before
+        if opaque or known is None:
             return TRAINS
+        state, passed = known
+        inner = self.entries[record.begin : record.end]
         lives = [entry for entry in inner if entry.verdict is Verdict.LIVE]
         if why := next((e.why for e in lives if e.why), None):
             return why
@@ -544,6 +622,21 @@ def _parted(args: Any, kwargs: Any) -> tuple[list[StandIn], list[Any]]:
     leaves = leaves_of((args, kwargs)).items
     found = [leaf for leaf in leaves if type(leaf) is StandIn and not leaf.node.live]
     return found, [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+
+
+def _is_simple(value: Any) -> bool:
+    """Whether arguments hold nothing but tensors and plain values, in plain containers."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return all(map(_is_simple, value))
+    if kind is dict:
+        return all(map(_is_simple, value.values()))
+    return isinstance(value, Tensor) or _is_plain(value)
+
+
+def _states(module: nn.Module) -> list[Any]:
+    """What a module and all modules inside it hold."""
+    return [state_of(inner) for inner in module.modules()]
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -27,6 +27,9 @@ __all__ = [
 _DEPTH = 7
 _DEPTH_OF_MODULES = 4
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), type, slice, range)
+_FLAT = frozenset({int, float, complex, bool, str, bytes, type(None)})
+#: What most modules hold many of, mostly empty: tables of hooks.
+_EMPTY = frozenset({dict, OrderedDict, list, set})
 #: Our own override, the switch of hooks, and autograd's own bookkeeping.
 _OURS = frozenset({"forward", "_is_hf_initialized"})
 #: Hooks that do nothing to values: our own probes, transformers' collectors of outputs and its
@@ -72,11 +75,15 @@ def state_of(value: Any, *, depth: int = _DEPTH) -> Any:
 
 
 def _of_module(module: nn.Module, depth: int) -> Any:
-    held = []
+    held: list[Any] = []
     for name, value in vars(module).items():
-        if name in _OURS or name == "_modules":
+        kind = type(value)
+        if kind in _FLAT:
+            if name not in _OURS:
+                held.append((name, value))
+        elif (kind in _EMPTY and not value) or name in _OURS or name == "_modules":
             continue
-        if isinstance(value, nn.Module):
+        elif isinstance(value, nn.Module):
             held.append((name, id(value)))
         else:
             held.append((name, state_of(value, depth=depth - 1)))
@@ -151,10 +158,16 @@ class Settings:
         ]
         self._group()
 
-    def keep_lasting(self) -> None:
-        """Forget the attributes that are no longer what they were: what passes leave behind."""
+    def keep_lasting(self) -> list[str]:
+        """Forget the attributes that are no longer what they were: what passes leave behind.
+
+        Returns:
+            their names.
+        """
+        moved = [seen for seen in self._seen if _differs(*seen[:3])]
         self._seen = [seen for seen in self._seen if not _differs(*seen[:3])]
         self._group()
+        return [name for *_, name in moved]
 
     def _group(self) -> None:
         by_table: dict[int, list[tuple[Mapping[str, Any], str, Any]]] = {}
