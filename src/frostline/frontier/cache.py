@@ -59,6 +59,7 @@ __all__ = ["BLOCK", "Batch", "CacheReport", "FrontierCache", "ShapesVary", "Sour
 
 _log = logging.getLogger("frostline")
 _flag = attrgetter("requires_grad")
+_mode = attrgetter("training")
 
 #: Samples computed together: a stored row is then a pure function of its key.
 BLOCK = BLOCK_ROWS
@@ -417,6 +418,7 @@ class FrontierCache:
         self._min_gain = min_gain
         self._seed = seed
         self._parameters = tuple(self._root.parameters())
+        self._modules = tuple(self._root.modules())
         self._found: dict[Any, Region | str] = {}
         self._unsettled: set[Any] = set()
         self._uses: dict[str, list[_Use]] = {}
@@ -599,7 +601,7 @@ class FrontierCache:
             self.report.check_s += time.perf_counter() - start
         if self._augment is not None and self._root.training:
             values = self._augment(values, mix(self._seed, batch.draw))
-        return use.region.run(shown, values, forward=forward)
+        return use.region.run(shown, values, forward=forward, known=True)
 
     def _due(self, use: _Use) -> bool:
         if use.served < CHECKED_FIRST:
@@ -634,7 +636,7 @@ class FrontierCache:
             # Rounded values are compared by themselves: what the rest makes of the rounding is
             # what was asked for.
             rounded = self._encoding != "exact"
-            with leave_untouched(self._root):
+            with use.region.untouched():
                 shown = use.region.fill(real) if rounded else stored
                 output = use.region.run(real, shown, forward=forward)
         wrong = difference(full, output)
@@ -694,7 +696,7 @@ class FrontierCache:
 
     def _state(self, training: bool) -> Any:
         """All that decides the frozen region, but for the model's code."""
-        modes = bytes(m.training for m in self._root.modules())
+        modes = bytes(map(_mode, self._modules))
         autocast = tuple(
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             for kind in ("cpu", "cuda")
@@ -706,6 +708,8 @@ class FrontierCache:
             return None
         if self._strict and self._root.training and not self._intact:
             return None
+        if batch.first:  # listing them takes longer than all else here
+            self._modules = tuple(self._root.modules())
         state = self._state(self._root.training)
         known, use = self._active.get(batch.source.name, (None, None))
         if known == state and (use is None or use.usable()):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -395,6 +395,7 @@ class Region:
             (inner, inner.training)
             for module in self._modules.values()
             for inner in module.modules()
+            if [*inner.parameters(recurse=False), *inner.buffers(recurse=False)]
         ]
         self._may_look = any(
             e.verdict in (Verdict.LOOK, Verdict.EAGER) for e in found.script.entries
@@ -409,6 +410,8 @@ class Region:
             if name and any(is_foreign(h) for table in hook_tables(module) for h in table.values())
         }
         skipped = {id(inner) for module in self._modules.values() for inner in module.modules()}
+        # What is skipped has been seen to change nothing, so a filling restores only the others.
+        self._others = [module for module in root.modules() if id(module) not in skipped]
         homes = {name.rpartition(".")[0] for name in recorder.written}
         self._buffered = [
             (module, name in homes, tuple(module.buffers(recurse=False)))
@@ -531,8 +534,12 @@ class Region:
         twin._tapes = dict(self._tapes)
         twin._with_grad = torch.is_grad_enabled()
         twin._given = _given_alike(example)
-        twin._settings = Settings(twin._settled())
-        rehearse(twin, rows_of(example, range(min(_REHEARSED, batch_size(example)))))
+        few = rows_of(example, range(min(_REHEARSED, batch_size(example))))
+        with leave_untouched(self._root) as keep:
+            first = _first_pass(self._root, few, keep)
+            twin._settings = Settings(twin._settled())
+        twin.settle(first.writes)
+        rehearse(twin, few, first)
         return twin
 
     def is_twin_of(self, other: Region) -> bool:
@@ -642,7 +649,7 @@ class Region:
     def _filled(self, example: Example) -> tuple[dict[int, Tensor], Filler]:
         wanted = frozenset(self._by_number) | self._found.constants
         filler = Filler(self._found.script, wanted, stop=True)
-        with leave_untouched(self._root), torch.set_grad_enabled(self._with_grad):
+        with self.untouched(), torch.set_grad_enabled(self._with_grad):
             self._go(example, filler)
         if missing := wanted - filler.kept.keys():
             raise ReplayDiverged(
@@ -725,7 +732,7 @@ class Region:
         session = Refiller(self._found.script, get, metas, frozenset(self._by_number))
         args, kwargs = self._stand_ins(example, session)
         with (
-            leave_untouched(self._root),
+            self.untouched(),
             torch.set_grad_enabled(self._with_grad),
             overridden(self._modules, session.call),
             hooks_on_values(self._hooked),
@@ -761,6 +768,10 @@ class Region:
             found.update({(key, i): number for i, number in enumerate(entry.made)})
         return found
 
+    def untouched(self) -> AbstractContextManager[Any]:
+        """Restore on leaving what a filling or a replay may change of the model."""
+        return leave_untouched(self._root, self._others)
+
     def changed(self) -> str | None:
         """The name of a setting of its modules that is no longer what it was, or None."""
         return self._settings.changed()
@@ -773,6 +784,7 @@ class Region:
         rows: Mapping[str, Tensor],
         *,
         forward: Callable[..., Any] | None = None,
+        known: bool = False,
     ) -> Any:
         """Run the model with the frozen part left out.
 
@@ -780,6 +792,7 @@ class Region:
             example: the batch; only its shapes and what the live part reads of it are used.
             rows: (N, ...) by slot name, as `fill` gave them for these samples.
             forward: what to call instead of the model.
+            known: `changed` has just been asked.
 
         Returns:
             The model's output.
@@ -788,7 +801,7 @@ class Region:
             ReplayDiverged: the model took another path than recorded; what the attempt changed
                 (random streams, buffers) was put back.
         """
-        if (name := self._settings.changed()) is not None:
+        if not known and (name := self._settings.changed()) is not None:
             raise ReplayDiverged(
                 "replay the frozen region",
                 found=f"{name} is no longer what it was when the region was found",
@@ -863,7 +876,7 @@ class Region:
     def _learn(self, example: Example) -> None:
         wanted = frozenset(self._by_number) | self._found.constants
         filler = Filler(self._found.script, wanted, stop=False)
-        with leave_untouched(self._root), torch.set_grad_enabled(self._with_grad):
+        with self.untouched(), torch.set_grad_enabled(self._with_grad):
             self._go(example, filler)
         self._remember(example, filler)
 

@@ -173,8 +173,11 @@ class TrainingLoop:
     _weights: Tensor | None = field(init=False, default=None)
     _shares: tuple[FreezePlan, float, float] | None = field(init=False, default=None)
     _opened: bool = field(init=False, default=False)
+    # Listing the parameters of a deep model takes longer than a step of its head.
+    _parameters: tuple[nn.Parameter, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
+        self._parameters = tuple(self.parts.model.parameters())
         weights = self.task.class_weights()
         self._weights = None if weights is None else weights.to(self.parts.device)
 
@@ -309,7 +312,7 @@ class TrainingLoop:
     def _clip(self) -> None:
         if self.config.clip_norm is None:
             return
-        norm = nn.utils.clip_grad_norm_(self.parts.model.parameters(), self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip_norm)
         if self.parts.scaler is None and not math.isfinite(float(norm)):
             raise self._not_finite(f"a gradient of norm {float(norm)}")
 

@@ -152,20 +152,28 @@ def run_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 @contextmanager
-def leave_untouched(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
+def leave_untouched(
+    model: nn.Module, only: Sequence[nn.Module] | None = None
+) -> Iterator[Callable[[Tensor], None]]:
     """Restore the model and all global random states on leaving, whatever happened inside.
 
     Yields a function that must be called with a parameter before its values are overwritten
     (buffers are always copied beforehand; weights only on demand, since they may be large).
+
+    Args:
+        model: to restore.
+        only: modules of it that may change, without those inside them; None: all.
     """
-    undo = [*_saved_random_states(), *(_saved_attributes(m) for m in model.modules())]
-    buffers = {id(b): (b, b.detach().clone()) for b in model.buffers() if not is_lazy(b)}
-    parameters = [_saved_parameter(p) for p in model.parameters()]
+    modules = list(model.modules()) if only is None else only
+    owned = {id(p): p for m in modules for p in m.parameters(recurse=False)}
+    held = {id(b): b for m in modules for b in m.buffers(recurse=False) if not is_lazy(b)}
+    undo = [*_saved_random_states(), *(_saved_attributes(m) for m in modules)]
+    buffers = {key: (b, b.detach().clone()) for key, b in held.items()}
+    parameters = [_saved_parameter(p) for p in owned.values()]
     copies: dict[int, tuple[Tensor, Tensor]] = {}
-    owners = {id(p): p for p in model.parameters()}
 
     def keep(tensor: Tensor) -> None:
-        if id(tensor) in owners and id(tensor) not in copies:
+        if id(tensor) in owned and id(tensor) not in copies:
             copies[id(tensor)] = (tensor, tensor.detach().clone())
 
     try:
@@ -385,6 +393,8 @@ def _saved_random_states() -> list[Callable[[], Any]]:
 
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
+#: What most attributes of modules are: asking these is half the time of a copy.
+_NO_GENERATORS = frozenset({*_CONTAINERS, bool, int, float, str, tuple, type(None)})
 
 
 def _saved_attributes(module: nn.Module) -> Callable[[], None]:
@@ -397,7 +407,11 @@ def _saved_attributes(module: nn.Module) -> Callable[[], None]:
     attributes = vars(module)
     before = dict(attributes)
     contents = [(value, value.copy()) for value in before.values() if type(value) in _CONTAINERS]
-    generators = [undo for value in before.values() if (undo := _saved_generator(value))]
+    generators = [
+        undo
+        for value in before.values()
+        if type(value) not in _NO_GENERATORS and (undo := _saved_generator(value))
+    ]
 
     def restore() -> None:
         if module.training != training:
@@ -406,7 +420,8 @@ def _saved_attributes(module: nn.Module) -> Callable[[], None]:
             attributes.clear()
             attributes.update(before)
         for container, items in contents:
-            _refill(container, items)
+            if container or items:
+                _refill(container, items)
         for undo in generators:
             undo()
 
