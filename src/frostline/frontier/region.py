@@ -391,11 +391,11 @@ class Region:
         self._by_name = {slot.name: slot for slot in self.slots}
         self._by_number = {slot.number: slot for slot in self.slots}
         self._settings = Settings(self._settled())
-        self._modes = [
-            (inner, inner.training)
+        self._evaluating = [
+            inner
             for module in self._modules.values()
             for inner in module.modules()
-            if [*inner.parameters(recurse=False), *inner.buffers(recurse=False)]
+            if not inner.training
         ]
         self._may_look = any(
             e.verdict in (Verdict.LOOK, Verdict.EAGER) for e in found.script.entries
@@ -514,8 +514,8 @@ class Region:
     def again(self, example: Example) -> Region:
         """The same region in the model's present modes, rehearsed: for evaluation after training.
 
-        For a fraction of the price of finding it, where every frozen layer is in it and runs in
-        the mode in which it was found.
+        For a fraction of the price of finding it, where every frozen layer is in it, and none
+        that was in evaluation mode has begun to train.
 
         Args:
             example: a batch of at least one sample.
@@ -523,11 +523,12 @@ class Region:
         Raises:
             FrontierError: it is another region in these modes, or may be.
         """
-        here = all(module.training == mode for module, mode in self._modes)
+        # Evaluation only switches chance and the statistics of batches off, training also on.
+        here = not any(module.training for module in self._evaluating)
         if not here or not self.holds_all_frozen:
             raise FrontierError(
                 "use the frozen region in other modes",
-                found="frozen layers outside of it, or in another mode",
+                found="frozen layers outside of it, or in training mode where they were not",
                 fix="find the region again",
             )
         twin: Region = copy.copy(self)

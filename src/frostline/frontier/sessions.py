@@ -664,7 +664,8 @@ class _Follower:
         if entry.verdict is Verdict.GRAD:
             found[0].node.grad = bool((*args[1:], *kwargs.values(), True)[0])
             return None if func == SET_GRAD else args[0]
-        if not entry.varying and not same_constants(entry.constants, _constants(args, kwargs)):
+        free = entry.varying or entry.verdict is Verdict.LIVE  # run as it is in any case
+        if not free and not same_constants(entry.constants, _constants(args, kwargs)):
             raise self._diverged(entry, "with other settings than recorded")
         return self._operate(entry, func, args, kwargs, found)
 
