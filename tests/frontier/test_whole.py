@@ -56,6 +56,14 @@ def number(m: Any, h: Tensor) -> Tensor:
     return h * h.sum().item()
 
 
+def listed_out(m: Any, h: Tensor) -> Tensor:
+    return h * 2 if h.max().tolist() > 1e3 else h
+
+
+def array(m: Any, h: Tensor) -> Tensor:
+    return h * 2 if float(h.detach().numpy().max()) > 1e3 else h
+
+
 def way(m: Any, h: Tensor) -> Tensor:
     return h * 2 if bool(h.mean() > 0) else h * 3
 
@@ -103,8 +111,8 @@ def shape_only(m: Any, h: Tensor) -> Tensor:
 
 
 SPECIALS: tuple[Special, ...] = (
-    number, way, shape_of_values, noise, python_noise, counted, listed, flag, rolled, in_place,
-    turned, shape_only,
+    number, listed_out, array, way, shape_of_values, noise, python_noise, counted, listed, flag,
+    rolled, in_place, turned, shape_only,
 )  # fmt: skip
 #: Of these the middle is taken as a whole.
 WHOLE = (in_place, turned)
@@ -372,6 +380,7 @@ def test_buffers_of_modules_that_run_are_put_back_after_a_divergence():
             return self.head(h * 2 if bool(h.sum() > 1e3) else h - 1)
 
     model = Counts(lambda m, h: (m.steps.add_(1), h * 1.5)[1])
+    model.middle.eval()
     region = find_region(model, batch_of())
     batch = batch_of()
     large = batch_of().args[0] * 0 + 1
