@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from frontier.test_cache import Given, run, tower
 from frontier.test_loader import assert_same as same_training
 from frontier.test_region import WIDTH, Net, assert_same, batch_of, freeze
-from frostline.backends.torch.tracing import leave_untouched
 from frostline.errors import FrontierError
 from frostline.frontier import finding
 from frostline.frontier import region as module
@@ -394,13 +393,37 @@ def test_buffers_of_modules_that_run_are_put_back_after_a_divergence():
     assert torch.equal(model.middle.steps, before)
 
 
-def test_only_some_modules_may_be_restored():
-    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
-    with leave_untouched(model, [model[1]]):
-        model(torch.randn(4, 2))
-        model[1].note = 1
-        model[0].note = 1
-    assert model[0].num_batches_tracked == 1
-    assert model[1].num_batches_tracked == 0
-    assert model[0].note == 1
-    assert not hasattr(model[1], "note")
+def test_blocks_filled_together_are_those_filled_one_by_one():
+    model = Net()
+    region = find_region(model, batch_of())
+    blocks = [batch_of(32), batch_of(32), batch_of(5)]
+    stream = torch.get_rng_state()
+    together = list(region.fill_many(blocks))
+    assert torch.equal(torch.get_rng_state(), stream)
+    for block, rows in zip(blocks, together, strict=True):
+        assert {n: v.tolist() for n, v in rows.items()} == {
+            n: v.tolist() for n, v in region.fill(block).items()
+        }
+
+
+def test_filling_leaves_hooks_of_skipped_modules_as_they_were():
+    """Some libraries hook every module in the first pass of the whole model."""
+
+    class Hooks(Net):
+        def forward(self, x: Tensor) -> Any:
+            if not hasattr(self, "hooked"):
+                self.hooked = True
+                self.stem.register_forward_hook(_collect)
+            return super().forward(x)
+
+    _collect.__module__ = "transformers.utils.output_capturing"
+    model = Hooks()
+    region = find_region(model, batch_of())
+    assert "stem" in region.skipped
+    for _ in range(3):
+        region.fill(batch_of(32))
+    assert not model.stem._forward_hooks
+    assert not hasattr(model, "hooked")
+
+
+def _collect(module: nn.Module, given: Any, result: Any) -> None: ...

@@ -73,6 +73,8 @@ CHECKED_FIRST = 2
 CHECKED_EVERY = 200
 #: Rows of at least so many bytes are read ahead on a thread.
 AHEAD_BYTES = 16 << 10
+#: Blocks that are loaded and filled together, at most: so many, or of so many bytes.
+_HEAP_BLOCKS, _HEAP_BYTES = 8, 64 << 20
 #: Blocks filled before a process looks again what others have filled.
 _TURN_BLOCKS = 8
 #: Divergences in a row after which a region is given up.
@@ -979,11 +981,12 @@ class FrontierCache:
         if not firsts or use.full:
             return
         stride = padded(use.source.samples)
-        for first, example in use.source.blocks(firsts, view):
-            values = use.region.fill(moved(example, batch.real_device))
-            if not self._write(use, view * stride + first, values):
-                use.full = use.ragged  # rows of one length are admitted by their number
-                break
+        for some in _heaps(use.source.blocks(firsts, view)):
+            filled = use.region.fill_many([moved(e, batch.real_device) for _, e in some])
+            for (first, _), values in zip(some, filled, strict=True):
+                if not self._write(use, view * stride + first, values):
+                    use.full = use.ragged  # rows of one length are admitted by their number
+                    return
 
     def _write(self, use: _Use, first: int, values: Mapping[str, Tensor]) -> bool:
         arrays = {slot.name: to_numpy(values[slot.name]) for slot in use.columns}
@@ -1100,6 +1103,20 @@ def _shapes(example: Example, count: int) -> Example:
 def _block(first: int, view: int, source: Source) -> NDArray[np.int64]:
     start = view * padded(source.samples) + first
     return np.arange(start, start + min(BLOCK, source.samples - first), dtype=np.int64)
+
+
+def _heaps(blocks: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:
+    """Some blocks at a time: a few, or fewer where their inputs are large."""
+    heap: list[tuple[int, Example]] = []
+    held_bytes = 0
+    for first, example in blocks:
+        heap.append((first, example))
+        held_bytes += sum(t.nbytes for t in tensors_of((example.args, dict(example.kwargs))))
+        if len(heap) == _HEAP_BLOCKS or held_bytes >= _HEAP_BYTES:
+            yield heap
+            heap, held_bytes = [], 0
+    if heap:
+        yield heap
 
 
 def _turns(firsts: Sequence[int]) -> Iterator[Sequence[int]]:

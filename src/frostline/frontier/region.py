@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -410,8 +410,6 @@ class Region:
             if name and any(is_foreign(h) for table in hook_tables(module) for h in table.values())
         }
         skipped = {id(inner) for module in self._modules.values() for inner in module.modules()}
-        # What is skipped has been seen to change nothing, so a filling restores only the others.
-        self._others = [module for module in root.modules() if id(module) not in skipped]
         homes = {name.rpartition(".")[0] for name in recorder.written}
         self._buffered = [
             (module, name in homes, tuple(module.buffers(recurse=False)))
@@ -605,15 +603,28 @@ class Region:
         Raises:
             ReplayDiverged: the model took another path than when it was recorded.
         """
-        self._check_given(example)
-        kept, _ = self._filled(example)
-        samples = batch_size(example)
-        if samples > self._largest:
-            self._check_company(example, kept)
-        return {
-            slot.name: slot.pattern.split(kept[slot.number], samples).contiguous()
-            for slot in self.slots
-        }
+        return next(self.fill_many([example]))
+
+    def fill_many(self, examples: Iterable[Example]) -> Iterator[dict[str, Tensor]]:
+        """The same for several batches, in less time than one by one.
+
+        Setting the model back takes some milliseconds, and is done once for all of them.
+        """
+        done: list[dict[str, Tensor]] = []
+        with self.untouched(), torch.set_grad_enabled(self._with_grad):
+            for example in examples:
+                self._check_given(example)
+                kept = self._filled(example)
+                samples = batch_size(example)
+                if samples > self._largest:
+                    self._check_company(example, kept)
+                done.append(
+                    {
+                        slot.name: slot.pattern.split(kept[slot.number], samples).contiguous()
+                        for slot in self.slots
+                    }
+                )
+        return iter(done)
 
     def _check_given(self, example: Example) -> None:
         """What every sample is given alike must be what it was in the recording."""
@@ -637,7 +648,7 @@ class Region:
         """
         samples = self._largest = batch_size(example)
         few = list(range(0, samples, max(1, min(4, samples // 4))))
-        alone, _ = self._filled(rows_of(example, few))
+        alone = self._filled(rows_of(example, few))
         for slot in self.slots:
             whole = slot.pattern.split(kept[slot.number], samples)[few]
             if not close(whole, slot.pattern.split(alone[slot.number], len(few))):
@@ -647,11 +658,10 @@ class Region:
                     fix="nothing to do: the full forward pass is taken",
                 )
 
-    def _filled(self, example: Example) -> tuple[dict[int, Tensor], Filler]:
+    def _filled(self, example: Example) -> dict[int, Tensor]:
         wanted = frozenset(self._by_number) | self._found.constants
         filler = Filler(self._found.script, wanted, stop=True)
-        with self.untouched(), torch.set_grad_enabled(self._with_grad):
-            self._go(example, filler)
+        self._go(example, filler)
         if missing := wanted - filler.kept.keys():
             raise ReplayDiverged(
                 "fill the frozen region",
@@ -659,7 +669,7 @@ class Region:
                 fix="nothing to do: the full forward pass is taken",
             )
         self._remember(example, filler)
-        return filler.kept, filler
+        return filler.kept
 
     def _go(self, example: Example, session: Filler) -> None:
         count = iter(range(self._found.script.inputs))
@@ -771,7 +781,7 @@ class Region:
 
     def untouched(self) -> AbstractContextManager[Any]:
         """Restore on leaving what a filling or a replay may change of the model."""
-        return leave_untouched(self._root, self._others)
+        return leave_untouched(self._root)
 
     def changed(self) -> str | None:
         """The name of a setting of its modules that is no longer what it was, or None."""

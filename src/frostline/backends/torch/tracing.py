@@ -152,19 +152,13 @@ def run_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 @contextmanager
-def leave_untouched(
-    model: nn.Module, only: Sequence[nn.Module] | None = None
-) -> Iterator[Callable[[Tensor], None]]:
+def leave_untouched(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
     """Restore the model and all global random states on leaving, whatever happened inside.
 
     Yields a function that must be called with a parameter before its values are overwritten
     (buffers are always copied beforehand; weights only on demand, since they may be large).
-
-    Args:
-        model: to restore.
-        only: modules of it that may change, without those inside them; None: all.
     """
-    modules = list(model.modules()) if only is None else only
+    modules = list(model.modules())
     owned = {id(p): p for m in modules for p in m.parameters(recurse=False)}
     held = {id(b): b for m in modules for b in m.buffers(recurse=False) if not is_lazy(b)}
     undo = [*_saved_random_states(), *(_saved_attributes(m) for m in modules)]
