@@ -150,7 +150,8 @@ class SoundRun:
         """Train, evaluate and test; `note` is told of start, epochs and end."""
         note("start")
         step, losses, accuracy = 0, list[float](), 0.0
-        trained, validated = self._rows("train"), self._rows("val")
+        trained = self._rows("train")
+        validated = self._rows("val", trained)
         for epoch in range(self.epochs):
             self.cut.freeze(self.model)
             order = torch.tensor(epoch_order(self.seed, epoch, len(self.train[1])))
@@ -175,7 +176,7 @@ class SoundRun:
             "bytes_on_disk": disk,
         }
 
-    def _rows(self, split: str) -> tuple[Any, Rows] | None:
+    def _rows(self, split: str, trained: tuple[Any, Rows] | None = None) -> tuple[Any, Rows] | None:
         """Region and rows of a split; validation replays the model as it evaluates."""
         if self.store is None:
             return None
@@ -185,7 +186,8 @@ class SoundRun:
         self.cut.freeze(self.model)
         if split != "train":
             self.model.eval()
-        region = find_region(self.model, Example((inputs[:4],)))
+        few = Example((inputs[:4],))
+        region = find_region(self.model, few) if trained is None else trained[0].again(few)
         return region, Rows(region, inputs, self.store / split)
 
     def _update(self, picked: Tensor, rows: tuple[Any, Rows] | None) -> float:

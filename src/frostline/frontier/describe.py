@@ -476,6 +476,12 @@ def _loaded_names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...
 # -- packages ------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Which installed distributions hold a package: tens of milliseconds to find out."""
+    return importlib.metadata.packages_distributions()
+
+
 @functools.lru_cache
 def package_version(package: str) -> str | None:
     """The version of an installed package; None when it says none.
@@ -497,7 +503,7 @@ def package_version(package: str) -> str | None:
         pass
     if package not in sys.modules:
         return None
-    names = importlib.metadata.packages_distributions().get(package, ())
+    names = _distributions().get(package, ())
     versions = sorted(f"{name} {importlib.metadata.version(name)}" for name in set(names))
     return ", ".join(versions) or None
 

@@ -246,6 +246,7 @@ def rehearse(region: Region, example: Example, first: _Pass | None = None) -> No
             fix="gradient checkpointing with use_reentrant=False",
         )
     rows = region.fill(example)
+    region.check_recorded(rows)
     replay = region.observed(lambda own: region.run(own, rows), example)
     if (wrong := difference(first.result, replay)) is not None:
         raise FrontierError(
@@ -388,7 +389,10 @@ class Region:
             entry.title for entry in found.script.entries if entry.verdict is Verdict.CALL
         )
         self.ends = tuple(Ending(module, why) for module, why in found.ends)
-        self._by_name = {slot.name: slot for slot in self.slots}
+        self._recorded = {
+            slot.name: slot.pattern.split(recorder.values[slot.number], tape.samples)
+            for slot in self.slots
+        }
         self._by_number = {slot.number: slot for slot in self.slots}
         self._settings = Settings(self._settled())
         self._evaluating = [
@@ -531,6 +535,7 @@ class Region:
             )
         twin: Region = copy.copy(self)
         twin._tapes = dict(self._tapes)
+        twin._recorded = {}  # of other samples
         twin._with_grad = torch.is_grad_enabled()
         twin._given = _given_alike(example)
         few = rows_of(example, range(min(_REHEARSED, batch_size(example))))
@@ -626,6 +631,25 @@ class Region:
                 )
         return iter(done)
 
+    def check_recorded(self, rows: Mapping[str, Tensor]) -> None:
+        """Compare the rows of the first samples with those of the recording, in other company.
+
+        Raises:
+            FrontierError: a row depends on how many others there are, or on which.
+        """
+        for name, recorded in self._recorded.items():
+            if rows[name].shape[1:] == recorded.shape[1:]:
+                self._require_same(name, rows[name][: len(recorded)], recorded)
+
+    @staticmethod
+    def _require_same(name: str, one: Tensor, other: Tensor) -> None:
+        if not close(one, other):
+            raise FrontierError(
+                "store the frozen region by sample",
+                found=f"the output of {name!r} depends on the other samples of a batch",
+                fix="nothing to do: the full forward pass is taken",
+            )
+
     def _check_given(self, example: Example) -> None:
         """What every sample is given alike must be what it was in the recording."""
         given = _given_alike(example)
@@ -651,12 +675,7 @@ class Region:
         alone = self._filled(rows_of(example, few))
         for slot in self.slots:
             whole = slot.pattern.split(kept[slot.number], samples)[few]
-            if not close(whole, slot.pattern.split(alone[slot.number], len(few))):
-                raise FrontierError(
-                    "store the frozen region by sample",
-                    found=f"the output of {slot.name!r} depends on the other samples of a batch",
-                    fix="nothing to do: the full forward pass is taken",
-                )
+            self._require_same(slot.name, whole, slot.pattern.split(alone[slot.number], len(few)))
 
     def _filled(self, example: Example) -> dict[int, Tensor]:
         wanted = frozenset(self._by_number) | self._found.constants
