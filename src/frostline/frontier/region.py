@@ -552,12 +552,13 @@ class Region:
 
     @property
     def holds_all_frozen(self) -> bool:
-        """Whether every layer whose parameters are all frozen is skipped."""
+        """Whether every layer whose parameters are all frozen is skipped, or code of it is."""
         inside = tuple(f"{name}." for name in self._modules)
+        passed = set(self.passed)
         for name, module in self._root.named_modules():
             own = list(module.parameters(recurse=False))
             frozen = bool(own) and not any(p.requires_grad for p in own)
-            if frozen and not f"{name}.".startswith(inside):
+            if frozen and name not in passed and not f"{name}.".startswith(inside):
                 return False
         return True
 
