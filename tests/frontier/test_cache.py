@@ -414,7 +414,12 @@ def test_resuming_reuses_the_store_and_gives_the_same_bits(library: Library) -> 
     assert_same(two, one, exact=True)
 
 
-def test_an_interrupted_filling_goes_on_where_it_ended(library: Library) -> None:
+def test_an_interrupted_filling_goes_on_where_it_ended(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Blocks are written when the few that are loaded together have been computed.
+    monkeypatch.setattr(module, "_HEAP_BLOCKS", 1)
+
     class Breaks(Given):
         def blocks(self, firsts: Sequence[int], view: int) -> Iterator[tuple[int, Example]]:
             for number, block in enumerate(super().blocks(firsts, view)):
