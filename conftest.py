@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 
+from hypothesis import settings
+
+# On a busy machine any example may take long; no test asserts how long anything takes.
+settings.register_profile("frostline", deadline=None)
+settings.load_profile("frostline")
+
 _place = tempfile.TemporaryDirectory(prefix="frostline-tests-")
 
 
