@@ -638,7 +638,7 @@ class FrontierCache:
             # Rounded values are compared by themselves: what the rest makes of the rounding is
             # what was asked for.
             rounded = self._encoding != "exact"
-            with use.region.untouched():
+            with leave_untouched(self._root):
                 shown = use.region.fill(real) if rounded else stored
                 output = use.region.run(real, shown, forward=forward)
         wrong = difference(full, output)

@@ -187,7 +187,7 @@ def record(
     args, kwargs = map_leaves((example.args, dict(example.kwargs)), _own, objects=True)
     taint = Taint(model, list(tensors_in((args, kwargs))), keep, counts=counts)
     taint.mark([p for n, p in model.named_parameters(remove_duplicate=False) if n in live])
-    recorder = Recorder(model, taint, frozenset(whole))
+    recorder = Recorder(model, taint, whole)
     modules = {name: module for name, module in model.named_modules() if name}
     wrap = lambda leaf: recorder.input(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
     ins = map_leaves((args, kwargs), wrap, objects=True)
@@ -369,13 +369,18 @@ def _check_insides(one: Recorder, other: Recorder) -> None:
         raise Opened(opened)
 
 
+def _inputs(recorder: Recorder) -> int:
+    """How many values come with the batch: the first ones."""
+    return next((min(e.made) for e in recorder.entries if e.made), len(recorder.specs))
+
+
 def _mixed(recorder: Recorder, shapes: Mapping[int, Pattern]) -> set[int]:
     """Values that follow from a fact about the whole batch, as `_check_insides` has it.
 
     Samples may be mixed by it, though they were not in the few that were recorded.
     """
     alike = {number for number, pattern in shapes.items() if pattern.dim < 0}
-    inputs = next((min(e.made) for e in recorder.entries if e.made), len(recorder.specs))
+    inputs = _inputs(recorder)
     free = _free_of_values(recorder.entries) | (alike & set(range(inputs)))
     mixed: set[int] = set()
     for entry in recorder.entries:
@@ -475,7 +480,7 @@ def _script(model: nn.Module, recording: Recording, chosen: set[int]) -> Script:
         if not chosen.intersection(entry.calls):
             events.append((place, 1, replace(entry)))
     events.sort(key=lambda event: event[:2])
-    inputs = next((min(e.made) for e in recorder.entries if e.made), len(recorder.specs))
+    inputs = _inputs(recorder)
     entries = [entry for _, _, entry in events]
     _check_available(recorder, entries, recording.outputs, chosen, inputs)
     skipped: dict[str, set[int]] = {}

@@ -19,8 +19,9 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,9 @@ def find_region(
         try:
             with leave_untouched(root) as keep, ignoring_known_hooks(ignore):
                 first = _first_pass(root, example, keep)
-                region = _found(root, example, attempt, keep, split, live, whole=whole)
+                recorded = partial(_recorded, root, example, attempt, keep, split, live)
+                names = _frozen_modules(root, split, live) if whole else frozenset[str]()
+                region = _looked_into(recorded, names)
             region.settle(first.writes)
             rehearse(region, example, first)
         except Unsettled:
@@ -223,7 +226,7 @@ def _explained(asked: str) -> Iterator[None]:
         ) from error
 
 
-def rehearse(region: Region, example: Example, first: _Pass | None = None) -> None:
+def rehearse(region: Region, example: Example, first: _Pass) -> None:
     """Run the model without its frozen part on a few samples, and compare with its full pass.
 
     Outputs, and the gradients of a loss over them, must agree. The model is left as it was.
@@ -231,14 +234,11 @@ def rehearse(region: Region, example: Example, first: _Pass | None = None) -> No
     Args:
         region: of the model.
         example: the samples.
-        first: the full pass, where it has been run.
+        first: the full pass over them.
 
     Raises:
         FrontierError: they do not; says in what.
     """
-    if first is None:
-        with leave_untouched(region.root) as keep:
-            first = _first_pass(region.root, example, keep)
     if region.wants_gradients and first.reentrant:
         raise FrontierError(
             "replay the frozen region",
@@ -275,25 +275,19 @@ def difference(one: Any, other: Any) -> str | None:
     return None
 
 
-def _found(
-    root: nn.Module,
-    example: Example,
-    pairs: Sequence[tuple[int, int]],
-    keep: Callable[[Tensor], None],
-    split: Collection[str],
-    live: Collection[str],
-    *,
-    whole: bool,
-) -> Region:
+def _looked_into(recorded: Callable[[frozenset[str]], Region], names: frozenset[str]) -> Region:
     """The region by some recordings of few samples.
 
     Modules taken as a whole are looked into where one recording shows that it is needed; where
     that takes too many recordings, everything is looked into by the caller's next attempt.
+
+    Args:
+        recorded: gives the region with these modules taken as a whole, or raises `Opened`.
+        names: of modules to begin with.
     """
-    names = _frozen_modules(root, split, live) if whole else frozenset[str]()
     for _ in range(_ROUNDS):
         try:
-            return _recorded(root, example, pairs, keep, split, live, names)
+            return recorded(names)
         except Opened as error:
             names -= error.names
     raise FrontierError(
@@ -309,15 +303,14 @@ def _frozen_modules(
     """Names of modules in which nothing trains and nothing has to be kept apart."""
     trained = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
     apart = {name.partition("#")[0].removesuffix(".*") for name in split}
-    inner = {*trained, *live, *apart}
-    around = {name[:place] for name in inner for place, c in enumerate(name) if c == "."}
     # What is to be kept apart inside of a module may be the module's own code.
-    around |= {name.removesuffix(".*") for name in split if name.endswith(".*")}
+    own = {name.removesuffix(".*") for name in split if name.endswith(".*")}
     # Not worth a try: these are live in training.
     odd = {n for n, m in root.named_modules() if isinstance(m, torch.jit.ScriptModule)
            or (m.training and isinstance(m, _LIVE_IN_TRAINING))}  # fmt: skip
-    around |= {name[:place] for name in odd for place, c in enumerate(name) if c == "."}
-    return frozenset(n for n, _ in root.named_modules() if n) - around - odd
+    inner = {*trained, *live, *apart, *odd}
+    around = {name[:place] for name in inner for place, c in enumerate(name) if c == "."}
+    return frozenset(n for n, _ in root.named_modules() if n) - around - own - odd
 
 
 def _recorded(
@@ -609,15 +602,15 @@ class Region:
         Raises:
             ReplayDiverged: the model took another path than when it was recorded.
         """
-        return next(self.fill_many([example]))
+        return self.fill_many([example])[0]
 
-    def fill_many(self, examples: Iterable[Example]) -> Iterator[dict[str, Tensor]]:
+    def fill_many(self, examples: Iterable[Example]) -> list[dict[str, Tensor]]:
         """The same for several batches, in less time than one by one.
 
         Setting the model back takes some milliseconds, and is done once for all of them.
         """
         done: list[dict[str, Tensor]] = []
-        with self.untouched(), torch.set_grad_enabled(self._with_grad):
+        with leave_untouched(self._root), torch.set_grad_enabled(self._with_grad):
             for example in examples:
                 self._check_given(example)
                 kept = self._filled(example)
@@ -630,7 +623,7 @@ class Region:
                         for slot in self.slots
                     }
                 )
-        return iter(done)
+        return done
 
     def check_recorded(self, rows: Mapping[str, Tensor]) -> None:
         """Compare the rows of the first samples with those of the recording, in other company.
@@ -763,7 +756,7 @@ class Region:
         session = Refiller(self._found.script, get, metas, frozenset(self._by_number))
         args, kwargs = self._stand_ins(example, session)
         with (
-            self.untouched(),
+            leave_untouched(self._root),
             torch.set_grad_enabled(self._with_grad),
             overridden(self._modules, session.call),
             hooks_on_values(self._hooked),
@@ -798,10 +791,6 @@ class Region:
                 key = (*title, seen[title])
             found.update({(key, i): number for i, number in enumerate(entry.made)})
         return found
-
-    def untouched(self) -> AbstractContextManager[Any]:
-        """Restore on leaving what a filling or a replay may change of the model."""
-        return leave_untouched(self._root)
 
     def changed(self) -> str | None:
         """The name of a setting of its modules that is no longer what it was, or None."""
@@ -907,7 +896,7 @@ class Region:
     def _learn(self, example: Example) -> None:
         wanted = frozenset(self._by_number) | self._found.constants
         filler = Filler(self._found.script, wanted, stop=False)
-        with self.untouched(), torch.set_grad_enabled(self._with_grad):
+        with leave_untouched(self._root), torch.set_grad_enabled(self._with_grad):
             self._go(example, filler)
         self._remember(example, filler)
 

@@ -386,8 +386,9 @@ class Recorder:
         opaque = taint.is_live([t for t in tensors_of((args, kwargs)) if type(t) is not StandIn])
         if ins and not opaque and name in self._whole and _is_simple((args, kwargs)):
             return self._call_whole(record, original, args, kwargs, ins)
-        state = None if opaque else (state_of(module), state_of((args, kwargs)))
-        before = state, len(taint.written)
+        before = None if opaque else (
+            state_of(module), state_of((args, kwargs)), len(taint.written)
+        )  # fmt: skip
         stale = any(version_of(n.real()) != n.version for n in entering)
         taint.streams.look()
         moved, taint.streams.moved_here = taint.streams.moved_here, False
@@ -403,7 +404,7 @@ class Recorder:
         record.end = len(self.entries)
         draws = taint.streams.look() or taint.streams.moved_here
         taint.streams.moved_here = moved or draws
-        record.unfit = self._unfit(record, module, draws=draws, opaque=opaque, before=before,
+        record.unfit = self._unfit(record, module, draws=draws, before=before,
                                    args=(args, kwargs))  # fmt: skip
         record.unfit = record.unfit or self._spoiled.get(index)
         if record.unfit is not None:
@@ -468,12 +469,11 @@ class Recorder:
         return wrapped
 
     def _unfit(
-        self, record: Call, module: nn.Module, *, draws: bool, opaque: bool, before: Any, args: Any
+        self, record: Call, module: nn.Module, *, draws: bool, before: Any, args: Any
     ) -> str | None:
-        known, written = before
-        if opaque or known is None:
+        if before is None:
             return TRAINS
-        state, passed = known
+        state, passed, written = before
         inner = self.entries[record.begin : record.end]
         lives = [entry for entry in inner if entry.verdict is Verdict.LIVE]
         if why := next((e.why for e in lives if e.why), None):

@@ -158,16 +158,14 @@ def leave_untouched(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
     Yields a function that must be called with a parameter before its values are overwritten
     (buffers are always copied beforehand; weights only on demand, since they may be large).
     """
-    modules = list(model.modules())
-    owned = {id(p): p for m in modules for p in m.parameters(recurse=False)}
-    held = {id(b): b for m in modules for b in m.buffers(recurse=False) if not is_lazy(b)}
-    undo = [*_saved_random_states(), *(_saved_attributes(m) for m in modules)]
-    buffers = {key: (b, b.detach().clone()) for key, b in held.items()}
-    parameters = [_saved_parameter(p) for p in owned.values()]
+    undo = [*_saved_random_states(), *(_saved_attributes(m) for m in model.modules())]
+    buffers = {id(b): (b, b.detach().clone()) for b in model.buffers() if not is_lazy(b)}
+    parameters = [_saved_parameter(p) for p in model.parameters()]
     copies: dict[int, tuple[Tensor, Tensor]] = {}
+    owners = {id(p): p for p in model.parameters()}
 
     def keep(tensor: Tensor) -> None:
-        if id(tensor) in owned and id(tensor) not in copies:
+        if id(tensor) in owners and id(tensor) not in copies:
             copies[id(tensor)] = (tensor, tensor.detach().clone())
 
     try:
