@@ -94,6 +94,9 @@ class FaultyDisk(QuickDisk):
     def rename(self, source: Path, target: Path) -> None:
         self._call("rename", source, target)
 
+    def link(self, source: Path, target: Path) -> None:
+        self._call("link", source, target)
+
     def mkdir(self, path: Path) -> None:
         self._call("mkdir", path)
 

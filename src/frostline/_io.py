@@ -28,7 +28,7 @@ import re
 import secrets
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,9 @@ class Disk:
 
     def rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
 
     def mkdir(self, path: Path) -> None:
         os.mkdir(path)
@@ -298,7 +301,11 @@ def _remove_quietly(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(
-    target: Path, *, kind: str, note: Mapping[str, Any] | None = None
+    target: Path,
+    *,
+    kind: str,
+    note: Mapping[str, Any] | None = None,
+    shared: Mapping[str, str] | None = None,
 ) -> Iterator[Path]:
     """Fill a draft folder; when the block ends well, it appears under its name, whole and durable.
 
@@ -306,6 +313,8 @@ def atomic_folder(
         target: where it will appear; nothing may have this name yet.
         kind: what the folder is, checked by readers, e.g. "frostline checkpoint 1".
         note: plain JSON kept in the manifest.
+        shared: SHA-256 of the files in it that are links to a sealed file, by name: they are not
+            read again. See `share_file`.
 
     Yields:
         The draft folder to write into.
@@ -319,7 +328,7 @@ def atomic_folder(
         try:
             disk.mkdir(draft)
             yield draft
-            _seal(draft, kind, note or {})
+            _seal(draft, kind, note or {}, shared or {})
             _publish(draft, target)
         except BaseException:
             _remove_quietly(draft)
@@ -333,16 +342,39 @@ def _publish(draft: Path, target: Path) -> None:
     disk.rename(draft, target)
 
 
-def _seal(draft: Path, kind: str, note: Mapping[str, Any]) -> None:
+def _seal(draft: Path, kind: str, note: Mapping[str, Any], shared: Mapping[str, str]) -> None:
     files = []
     for path in _files_under(draft):
-        _sync_file(path)
-        entry = {"name": path.relative_to(draft).as_posix(), "size": path.stat().st_size}
-        files.append(entry | {"sha256": _sha256(path)})
+        name = path.relative_to(draft).as_posix()
+        entry = {"name": name, "size": path.stat().st_size}
+        if name not in shared:
+            _sync_file(path)
+        files.append(entry | {"sha256": shared.get(name) or _sha256(path)})
     body = {"format": _MANIFEST_FORMAT, "kind": kind, "note": dict(note), "files": files}
     write_file(draft / _MANIFEST, _manifest_bytes(body))
     for folder, _, _ in os.walk(draft, topdown=False):
         _sync_folder(Path(folder))
+
+
+def share_file(source: Path, target: Path) -> str | None:
+    """Give a file of a sealed folder a second name in a draft; its SHA-256 as sealed.
+
+    Both folders stay whole by themselves: removing one leaves the other its file. None, and no
+    file, where the file system has no such links or the sealed folder no such file.
+
+    Args:
+        source: the file; the manifest of its folder vouches for it.
+        target: the new name, on the same file system.
+    """
+    try:
+        entries = _read_manifest(source.parent)["files"]
+        entry = next(e for e in entries if e["name"] == source.name)
+        if source.lstat().st_size != entry["size"]:
+            return None
+        disk.link(source, target)
+    except (OSError, StorageError, StopIteration):
+        return None
+    return entry["sha256"]
 
 
 def _files_under(folder: Path) -> list[Path]:
@@ -355,12 +387,15 @@ def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
     return canonical_json({"body": body, "sha256": digest}) + b"\n"
 
 
-def verify_folder(path: Path, *, kind: str | None = None) -> dict[str, Any]:
+def verify_folder(
+    path: Path, *, kind: str | None = None, unread: Collection[str] = ()
+) -> dict[str, Any]:
     """Check a folder against its manifest, byte for byte; the note it was sealed with.
 
     Args:
         path: a folder that `atomic_folder` wrote.
         kind: what it must be; None accepts any.
+        unread: names of files whose bytes were verified before, under another name.
 
     Raises:
         DamagedFile: not such a folder, or a file is missing or changed.
@@ -369,8 +404,16 @@ def verify_folder(path: Path, *, kind: str | None = None) -> dict[str, Any]:
     if kind is not None and body["kind"] != kind:
         raise _damaged(path, f"a folder of kind {body['kind']!r} where {kind!r} belongs")
     for entry in body["files"]:
-        _verify_file(path, entry)
+        _verify_file(path, entry, read=entry["name"] not in unread)
     return body["note"]
+
+
+def sealed_note(path: Path) -> dict[str, Any] | None:
+    """The note a folder was sealed with, its files unread; None where there is no manifest."""
+    try:
+        return _read_manifest(path)["note"]
+    except StorageError:
+        return None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -398,7 +441,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
-def _verify_file(folder: Path, entry: Mapping[str, Any]) -> None:
+def _verify_file(folder: Path, entry: Mapping[str, Any], *, read: bool) -> None:
     path = folder / entry["name"]
     if not path.resolve().is_relative_to(folder.resolve()):
         raise _damaged(path, "a name that leads out of its folder")
@@ -408,7 +451,7 @@ def _verify_file(folder: Path, entry: Mapping[str, Any]) -> None:
             raise _damaged(path, "no regular file")
         if status.st_size != entry["size"]:
             raise _damaged(path, f"{status.st_size} bytes where {entry['size']} were written")
-        digest = _sha256(path)
+        digest = _sha256(path) if read else entry["sha256"]
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
     if digest != entry["sha256"]:

@@ -300,6 +300,11 @@ class Driver:
         return self.certificate
 
     @property
+    def held(self) -> Mapping[str, str]:
+        """SHA-256 of every tensor that is held frozen now, by name; empty without `prove`."""
+        return {name: sha256 for name, (sha256, _) in self._held.items()}
+
+    @property
     def certificate(self) -> Certificate:
         """The spans proved so far (complete after `finish`)."""
         return Certificate(tuple(self._holds), self.costs.digest_s)

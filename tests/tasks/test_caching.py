@@ -502,12 +502,31 @@ def test_texts_are_prepared_once_and_are_of_all_lengths(tiny_bert: Path, table: 
 
     monkeypatch.setattr(type(task.train), "__getitem__", count)
     one, two = (source.load([0, 1, 0], [0, 0, 0]) for _ in range(2))
-    assert calls == [0, 1]
+    assert calls == source.places[:2].tolist()
     assert all(torch.equal(one.kwargs[key], two.kwargs[key]) for key in one.kwargs)
     shorter = load(model=f"hf:{tiny_bert}", data=str(table), weights="random", max_length=3)
     other = SplitSource(shorter, shorter.train, "train", views=1, augmented=False)
     assert source.preparation is not None
     assert other.preparation != source.preparation
+
+
+def test_texts_are_numbered_by_length_and_batches_hold_the_samples_asked_for(
+    tiny_bert: Path, table: Path, stores: Path
+):
+    task = load(model=f"hf:{tiny_bert}", data=str(table), weights="random", cache_dir=stores)
+    source = SplitSource(task, task.train, "train", views=1, augmented=False)
+    lengths = [len(task.train.inputs[i]) for i in source.places]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 1
+    assert source.numbers[source.places].tolist() == list(range(source.samples))
+    cache = build_cache(task, task.model, torch.device("cpu"))
+    assert cache is not None
+    asked = [5, 0, 3, 8]
+    (batch,) = cache.batches(task.train, [[(i, None) for i in asked]])
+    plain = task.collate([task.train[i, None] for i in asked])
+    assert batch.indices == plain.indices == tuple(asked)
+    assert torch.equal(batch.targets, plain.targets)
+    assert torch.equal(batch.inputs["input_ids"] * 1, plain.inputs["input_ids"])
 
 
 def test_batches_are_loaded_only_if_somebody_looks(stores: Path, monkeypatch):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,6 +38,9 @@ _KEPT_SAMPLES = 1_000_000
 class SplitSource:
     """A split of a task, as `FrontierCache` knows samples.
 
+    Texts are numbered from the shortest to the longest: samples that are computed together are
+    then padded little.
+
     Args:
         task: whose split it is.
         split: its samples.
@@ -56,10 +60,15 @@ class SplitSource:
         self._split = split
         self._augmented = augmented
         self._kept: dict[int, Any] = {}
+        lengths = [0 if self.fixed else len(text) for text in split.inputs]
+        #: Place in the split of each numbered sample, and the other way round.
+        self.places = np.argsort(lengths, kind="stable")
+        self.numbers = np.argsort(self.places)
 
     def load(self, indices: Sequence[int], views: Sequence[int]) -> Example:
         """The model's arguments for these samples, collated."""
-        samples = [self._sample(i, v) for i, v in zip(indices, views, strict=True)]
+        places = self.places[list(indices)].tolist()
+        samples = [self._sample(i, v) for i, v in zip(places, views, strict=True)]
         return _example(self._task.collate(samples))
 
     def blocks(self, firsts: Sequence[int], view: int) -> Iterator[tuple[int, Example]]:
@@ -72,7 +81,7 @@ class SplitSource:
         seen = view if self._augmented else None
         loader = DataLoader(
             self._split,
-            batch_sampler=[[(i, seen) for i in span] for span in spans],
+            batch_sampler=[[(int(self.places[i]), seen) for i in span] for span in spans],
             collate_fn=self._task.collate,
             num_workers=self._task.config.workers,
             generator=torch.Generator(),  # a seed for the workers must not move the global stream
@@ -146,7 +155,7 @@ class RunCache:
         made = [
             frontier.Batch(
                 source,
-                [i for i, _ in batch],
+                source.numbers[[i for i, _ in batch]],
                 [v or 0 for _, v in batch] if source.views > 1 else [0] * len(batch),
                 first=place == 0,
                 draw=draw + place,
@@ -159,7 +168,7 @@ class RunCache:
         labels = torch.tensor(split.labels, dtype=torch.long)
         for batch in made:
             example = self.frontier.arguments(batch)
-            indices = tuple(batch.indices.tolist())
+            indices = tuple(source.places[batch.indices].tolist())
             inputs = example.args or dict(example.kwargs)
             yield Batch(inputs, labels[list(indices)], indices)
 
@@ -213,7 +222,7 @@ def _preparation(task: Task, *, augmented: bool) -> Any:
         backend = getattr(preparation.tokenizer, "backend_tokenizer", None)
         told = None if backend is None else backend.to_str()
         settings = [preparation.tokenizer.padding_side, preparation.max_length, told]
-        return {"text": settings} if told is not None else None
+        return {"text": settings, "order": "length"} if told is not None else None
     else:
         what = preparation.transform
     found = fingerprint(what).digest

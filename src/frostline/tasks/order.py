@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -55,7 +56,15 @@ def seed_update(seed: int, purpose: str, count: int) -> None:
     value = derive_seed(seed, purpose, count)
     random.seed(value)
     np.random.seed(value)  # noqa: NPY002  models of others draw from the global stream
-    torch.manual_seed(value)
+    if _accelerated():
+        torch.manual_seed(value)
+    else:  # the same for the CPU; the other spends a millisecond on devices that are not there
+        torch.default_generator.manual_seed(value)
+
+
+@cache
+def _accelerated() -> bool:
+    return torch.accelerator.is_available()
 
 
 def views_of(seed: int, views: int | None, epoch: int, indices: Sequence[int]) -> list[int]:

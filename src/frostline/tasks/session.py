@@ -181,8 +181,15 @@ class Session:
         self.on_event(event | {"reason": decision.plan.reason})
 
     def _best(self) -> None:
-        model, step = self.prepared.parts.model, self.loop.state.step
-        save_checkpoint(self.folder.best, model=model, step=step, keep=0)
+        parts = self.prepared.parts
+        save_checkpoint(
+            self.folder.best,
+            model=parts.model,
+            step=self.loop.state.step,
+            keep=0,
+            held=parts.driver.held,
+            beside=[self.folder.checkpoints],
+        )
 
     def _evaluated(self, metrics: dict[str, float], better: bool) -> None:
         state = self.loop.state
@@ -223,6 +230,7 @@ class Session:
             },
             step=state.step,
             keep=keep,
+            beside=[self.folder.best],
         )
         self._saved = (state.step, state.evaluated)
         self._prune_best()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import random
 import resource
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -160,6 +163,59 @@ def groups_of(model: nn.Sequential) -> LayerGroups:
                 )
             )
     return LayerGroups(tuple(items))
+
+
+# -- what is frozen is written once --------------------------------------------------------------
+
+
+def test_frozen_tensors_are_written_once_and_each_checkpoint_is_whole(tmp_path: Path):
+    loop = Loop(policy="first:groups=2")
+    one, two = (save_checkpoint(tmp_path, **loop.train(1).objects) for _ in range(2))
+    assert one.joinpath("held.safetensors").samefile(two / "held.safetensors")
+    assert not one.joinpath("model.safetensors").samefile(two / "model.safetensors")
+    shutil.rmtree(one)
+    again = Loop(policy="first:groups=2").train(5)
+    assert load_checkpoint(tmp_path, **again.objects) == {}
+    assert again.bits() == loop.bits()
+
+
+def test_what_is_frozen_later_or_trains_again_is_written_anew(tmp_path: Path):
+    loop = Loop(policy="gradual:every=2st")
+    saved = [save_checkpoint(tmp_path, **loop.train(1).objects, keep=0) for _ in range(8)]
+    bits = loop.bits()
+    files = [path / "held.safetensors" for path in saved]
+    same = [a.exists() and b.exists() and a.samefile(b) for a, b in itertools.pairwise(files)]
+    assert any(same)
+    assert not all(same)
+    for path in saved:  # each by itself gives what was there at its step
+        _io.verify_folder(path)
+        again = Loop(policy="gradual:every=2st")
+        only = tmp_path / "only" / path.name
+        shutil.copytree(path, only)
+        assert load_checkpoint(only.parent, **again.objects) == {}
+        assert again.train(8 - again.driver.progress.step).bits() == bits
+        shutil.rmtree(only)
+
+
+def test_a_frozen_file_that_was_cut_short_is_not_shared(tmp_path: Path):
+    loop = Loop(policy="first:groups=2").train(1)
+    one = save_checkpoint(tmp_path, **loop.objects)
+    with (one / "held.safetensors").open("r+b") as file:
+        file.truncate(20)
+    two = save_checkpoint(tmp_path, **loop.train(1).objects)
+    assert not one.joinpath("held.safetensors").samefile(two / "held.safetensors")
+    assert load_checkpoint(tmp_path, **Loop(policy="first:groups=2").objects) == {}
+
+
+def test_without_links_frozen_tensors_are_written_each_time(tmp_path: Path, monkeypatch):
+    def refuse(self: Any, source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(QuickDisk, "link", refuse, raising=False)
+    loop = Loop(policy="first:groups=2")
+    one, two = (save_checkpoint(tmp_path, **loop.train(1).objects) for _ in range(2))
+    assert not one.joinpath("held.safetensors").samefile(two / "held.safetensors")
+    _io.verify_folder(two)
 
 
 # -- exact resume --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ Example:
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 import re
@@ -54,6 +55,7 @@ _log = logging.getLogger("frostline")
 KIND = "frostline checkpoint 1"
 _NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,9}))?")
 _STATE = "state.json"
+_HELD = "held.safetensors"
 _MAX_STATE_BYTES = 1 << 28  # driver history of long runs; its digest was checked before it is read
 
 
@@ -75,8 +77,13 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     step: int | None = None,
     keep: int = 2,
+    held: Mapping[str, str] | None = None,
+    beside: Collection[str | Path] = (),
 ) -> Path:
     """Write a checkpoint and, once it is read back and verified, remove the oldest beyond `keep`.
+
+    What the driver holds frozen is written once: as long as it is the same, further checkpoints
+    hold a hard link to the file of the one before. Each is whole by itself.
 
     Call it between optimizer updates. The states of Python's, NumPy's and torch's random number
     generators (all CUDA devices included) are saved with it. One process may write in a folder.
@@ -92,6 +99,8 @@ def save_checkpoint(
         step: updates completed, for the name; by default the driver's count, else one more than
             the newest checkpoint's.
         keep: how many of the newest to keep, >= 2 (one to fall back on) or 0 for all.
+        held: SHA-256 of tensors that are held frozen, by name; by default the driver's.
+        beside: further folders of checkpoints of this run whose files may be linked to.
 
     Returns:
         The new folder.
@@ -112,15 +121,26 @@ def save_checkpoint(
     parts = _collect(model, optimizer, scheduler, scaler, driver)
     number = _next_step(folder, driver) if step is None else step
     target = _free_name(folder, number)
-    note = {"step": number, "parts": sorted(parts.trees)}
-    with _io.atomic_folder(target, kind=KIND, note=note) as draft:
+    frozen = driver.held if held is None and driver is not None else held or {}
+    frozen = {name: frozen[name] for name in sorted(frozen) if name in parts.tensors["model"]}
+    note = {"step": number, "parts": sorted(parts.trees), "held": _digest(frozen)}
+    shared: dict[str, str] = {}
+    with _io.atomic_folder(target, kind=KIND, note=note, shared=shared) as draft:
+        if frozen:
+            apart = {name: parts.tensors["model"].pop(name) for name in frozen}
+            places = [folder, *map(Path, beside)]
+            known = _share_held(places, note["held"], draft / _HELD)
+            if known is None:
+                _write_tensors(draft / _HELD, apart)
+            else:
+                shared[_HELD] = known
         for name, tensors in parts.tensors.items():
             _write_tensors(draft / f"{name}.safetensors", tensors)
         state = {"parts": parts.trees, "extra": dict(extra or {}), "versions": _versions()}
         with _readable_extra():
             text = _io.canonical_json(state)
         _io.write_file(draft / _STATE, text)
-    _io.verify_folder(target, kind=KIND)
+    _io.verify_folder(target, kind=KIND, unread=shared)
     if keep:
         _prune(folder, keep)
     return target
@@ -296,8 +316,24 @@ def _find(folder: Path, step: int | None) -> tuple[Path, _Parts, dict[str, Any]]
     if state["versions"] != _versions():
         _log.warning("%s was written with %s: bits may differ", path, state["versions"])
     tensors = {file.stem: _read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    tensors.setdefault("model", {}).update(tensors.pop(Path(_HELD).stem, {}))
     parts = _Parts({name: state["parts"][name] for name in note["parts"]}, tensors)
     return path, parts, state["extra"]
+
+
+def _digest(frozen: Mapping[str, str]) -> str:
+    """What is held, with its values; empty for nothing."""
+    return hashlib.sha256(_io.canonical_json(frozen)).hexdigest() if frozen else ""
+
+
+def _share_held(places: list[Path], held: str, target: Path) -> str | None:
+    """Link to the newest file that holds just these tensors; its SHA-256, or None."""
+    for place in places:
+        for path in checkpoint_folders(place)[:1]:
+            note = _io.sealed_note(path)
+            if note is not None and note.get("held") == held:
+                return _io.share_file(path / _HELD, target)
+    return None
 
 
 def _next_step(folder: Path, driver: Driver | None) -> int:
