@@ -31,6 +31,7 @@ WHOLE = {
     "log.txt",
     "metrics.csv",
     "model",
+    "predictions.csv",
     "record.jsonl",
     "summary.json",
 }

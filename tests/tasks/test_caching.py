@@ -189,6 +189,8 @@ def test_a_second_run_fills_nothing_and_is_the_same(tmp_path: Path, stores: Path
     before = files(stores)
     second = frostline.fit(**IMAGE | {"epochs": 3}, cache_dir=stores, output=tmp_path / "second")
     assert second.summary["cache"]["filled_rows"] == 0
+    assert second.summary["cache"]["found_rows"] == first.summary["cache"]["filled_rows"] > 0
+    assert first.summary["cache"]["found_rows"] == 0
     assert second.summary["cache"]["replayed"] == second.summary["cache"]["batches"]
     assert files(stores) == before
     third = frostline.fit(**IMAGE, cache_dir=stores, output=tmp_path / "third")
@@ -296,7 +298,7 @@ def test_the_summary_says_what_the_cache_did_and_cost(tmp_path: Path, stores: Pa
     run = frostline.fit(**IMAGE, cache_dir=stores, output=tmp_path / "run")
     costs = run.summary["cache"]
     assert costs.keys() == {
-        "batches", "replayed", "filled_rows", "read_rows", "checked",
+        "batches", "replayed", "found_rows", "filled_rows", "read_rows", "checked",
         "fill_s", "find_s", "check_s", "read_s", "stored_bytes", "notes",
     }  # fmt: skip
     assert costs["batches"] == costs["replayed"] == 4 * (3 + 1)

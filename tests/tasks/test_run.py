@@ -86,6 +86,7 @@ def test_a_run_leaves_everything_and_nothing_else(finished):
         "log.txt",
         "metrics.csv",
         "model",
+        "predictions.csv",
         "record.jsonl",
         "summary.json",
     ]

@@ -125,6 +125,7 @@ class CacheReport:
     Attributes:
         batches: batches that came to the cache.
         replayed: of these, run without the frozen part.
+        found_rows: samples whose frontier earlier runs, or an earlier session, had stored.
         filled_rows: samples whose frontier was computed.
         read_rows: samples whose frontier was read from a store.
         checked: batches compared with the full forward pass.
@@ -138,6 +139,7 @@ class CacheReport:
 
     batches: int = 0
     replayed: int = 0
+    found_rows: int = 0
     filled_rows: int = 0
     read_rows: int = 0
     checked: int = 0
@@ -426,6 +428,7 @@ class FrontierCache:
         self._uses: dict[str, list[_Use]] = {}
         self._active: dict[str, tuple[Any, _Use | None]] = {}
         self._looks: dict[str, Example] = {}
+        self._known_stores: set[str] = set()
         self._loaders: list[CachedLoader] = []
         self._off: dict[str, bytes] = {}
         self._ahead: dict[str, _Ahead] = {}
@@ -860,6 +863,9 @@ class FrontierCache:
             key, columns, rows, about=about, needs_bytes=rows * sum(s.bytes for s in slots),
             most_bytes=self._room(),
         )  # fmt: skip
+        if str(store.folder) not in self._known_stores:
+            self._known_stores.add(str(store.folder))
+            self.report.found_rows += int(store.present(np.arange(rows)).sum())
         table = TensorTable(self._root)
         names = [name for name in region.tensors if name in table]
         parameters = dict(self._root.named_parameters(remove_duplicate=False))

@@ -155,7 +155,7 @@ class RunCache:
         made = [
             frontier.Batch(
                 source,
-                source.numbers[[i for i, _ in batch]],
+                source.numbers[[i for i, _ in batch]].tolist(),
                 [v or 0 for _, v in batch] if source.views > 1 else [0] * len(batch),
                 first=place == 0,
                 draw=draw + place,

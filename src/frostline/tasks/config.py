@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from frostline.clock import Duration
 from frostline.errors import ConfigError, DurationError
 from frostline.tasks import strict_yaml
+from frostline.tasks.allowance import Budget
 
 __all__ = ["RunConfig", "dump_config", "load_config", "resolve_config"]
 
@@ -33,6 +34,13 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _budget(text: str) -> str:
+    try:
+        return str(Budget.parse(text))
+    except ConfigError as error:
+        raise ValueError(f"{error.found}; {error.fix}") from None
+
+
 def _duration(text: str) -> str:
     try:
         return str(Duration.parse(text))
@@ -43,6 +51,7 @@ def _duration(text: str) -> str:
 Integer = Annotated[int, pydantic.BeforeValidator(_no_bool)]
 Number = Annotated[float, pydantic.BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Length = Annotated[str, pydantic.AfterValidator(_duration)]
+Limit = Annotated[str, pydantic.AfterValidator(_budget)]
 Channels = tuple[Number, Number, Number]
 
 
@@ -99,6 +108,12 @@ class RunConfig(BaseModel):
         le=100_000,
         description="Passes over the training data, >= 1. Ten suits hundreds to thousands of "
         "samples; early stopping ends sooner.",
+    )
+    budget: Limit | None = Field(
+        None,
+        description="The most that training may take within these epochs: updates ('500st'), "
+        "seconds ('600s') or floating-point operations ('2e15flop'). The learning-rate schedule "
+        "is compressed to it. By default the epochs alone say when the run ends.",
     )
     batch_size: Integer = Field(
         32,

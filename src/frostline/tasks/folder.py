@@ -67,6 +67,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def predictions(self) -> Path:
+        """Label, prediction and its probability for each test sample, as numbers of classes."""
+        return self.path / "predictions.csv"
+
+    @property
     def certificate(self) -> Path:
         """The proof of freezing."""
         return self.path / "certificate.json"

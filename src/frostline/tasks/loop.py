@@ -8,6 +8,7 @@ any two updates and go on from its `LoopState` as if nothing had happened.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,7 @@ from frostline.errors import NonFiniteLoss
 from frostline.groups import LayerGroup, LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policies.phases import ends_its_phase
+from frostline.tasks.allowance import Allowance
 from frostline.tasks.caching import RunCache
 from frostline.tasks.config import RunConfig
 from frostline.tasks.order import Batching, epoch_order, seed_update, views_of
@@ -34,6 +36,7 @@ from frostline.tasks.task import Batch, Split, Task
 
 __all__ = ["Best", "Listener", "LoopState", "Parts", "TrainingLoop", "evaluate"]
 
+See = Callable[[Tensor, Tensor], object]
 Keys = list[list[Any]]  # per batch: (index, view) of its samples
 
 
@@ -74,6 +77,12 @@ class LoopState:
         phase: of the plan after the last evaluation.
         stopped_early: whether patience ran out.
         policy_done: whether the policy ended the run before its epochs were over.
+        exhausted: whether the budget allows no further update.
+        budget_spent: whether the budget ended the run before its epochs were over.
+        spent_s: seconds of training and evaluation so far.
+        spent_flop: floating-point operations so far, where the budget counts them.
+        total_steps: updates of the whole run as expected after the last evaluation, where the
+            budget is one that is counted as the run goes.
         loss_sum: weighted sum of the losses of this epoch's samples.
         loss_weight: sum of those weights.
         trained_share_sum: over all updates, parameters that trained as a share of all.
@@ -87,18 +96,23 @@ class LoopState:
     phase: int = 0
     stopped_early: bool = False
     policy_done: bool = False
+    exhausted: bool = False
+    budget_spent: bool = False
+    spent_s: float = field(default=0.0, compare=False)
+    spent_flop: float = 0.0
+    total_steps: int | None = None
     loss_sum: float = 0.0
     loss_weight: float = 0.0
     trained_share_sum: float = 0.0
     backward_share_sum: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return finite_json(asdict(self))
+        """Plain JSON, without what the clock says: equal runs have equal states."""
+        return finite_json({k: v for k, v in asdict(self).items() if k != "spent_s"})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LoopState:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`, but for the clock."""
         best = data["best"] and Best(
             data["best"]["epoch"],
             data["best"]["step"],
@@ -121,6 +135,9 @@ class Parts:
         forward: context of a forward pass (mixed precision).
         scaler: gradient scaler, or None.
         cache: stored outputs of the frozen layers, or None.
+        allowance: how much of the budget is spent.
+        sample_flops: floating-point operations of one sample's training step under a plan, where
+            the budget counts them.
     """
 
     model: nn.Module
@@ -131,6 +148,8 @@ class Parts:
     forward: Callable[[], AbstractContextManager[object]]
     scaler: torch.amp.GradScaler | None = None
     cache: RunCache | None = None
+    allowance: Allowance | None = None
+    sample_flops: Callable[[FreezePlan], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +192,16 @@ class TrainingLoop:
     _weights: Tensor | None = field(init=False, default=None)
     _shares: tuple[FreezePlan, float, float] | None = field(init=False, default=None)
     _opened: bool = field(init=False, default=False)
+    _since: float = field(init=False, default=0.0)  # when seconds were counted last
+    _flops: tuple[FreezePlan, float] | None = field(init=False, default=None)
     # Listing the parameters of a deep model takes longer than a step of its head.
     _parameters: tuple[nn.Parameter, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         self._parameters = tuple(self.parts.model.parameters())
+        if (allowance := self.parts.allowance) is not None:
+            allowance.seconds = lambda: self.state.spent_s
+            allowance.operations = lambda: self.state.spent_flop
         weights = self.task.class_weights()
         self._weights = None if weights is None else weights.to(self.parts.device)
 
@@ -190,17 +214,24 @@ class TrainingLoop:
     def done(self) -> bool:
         """Whether training is over."""
         state = self.state
-        return state.stopped_early or state.policy_done or state.evaluated >= self.config.epochs
+        ended = state.stopped_early or state.policy_done or state.budget_spent
+        return ended or state.evaluated >= self.config.epochs
 
-    def run(self) -> None:
+    def run(self, *, pause_after: int | None = None) -> None:
         """Train from where `state` is to the end.
+
+        Args:
+            pause_after: stop once so many epochs are evaluated, to go on later as if nothing had
+                happened; None: do not.
 
         Raises:
             NonFiniteLoss: the loss or the gradient is no number any more.
             KeyboardInterrupt: Ctrl-C; `state` and parts are consistent and can be saved.
         """
-        while not self.done:
-            if self.state.step == (self.state.evaluated + 1) * self.batching.steps_per_epoch:
+        self._since = time.perf_counter()
+        while not self.done and (pause_after is None or self.state.evaluated < pause_after):
+            whole = (self.state.evaluated + 1) * self.batching.steps_per_epoch
+            if self.state.step == whole or self.state.exhausted:
                 self._end_epoch()
             else:
                 self._train_epoch()
@@ -224,7 +255,9 @@ class TrainingLoop:
             loss, weight = self._update(
                 [i for batch in update for i in batch], len(update), batches
             )
-            self._count(loss, weight)
+            self._count(loss, weight, sum(map(len, update)))
+            if self.state.exhausted:
+                return
 
     def _update(
         self, indices: list[int], count: int, batches: Iterator[Batch]
@@ -328,10 +361,24 @@ class TrainingLoop:
         if scaler.get_scale() >= before:  # else the update was skipped, and the rate waits
             self.parts.scheduler.step()
 
-    def _count(self, loss: float, weight: float) -> None:
+    def _spend(self, samples: int) -> None:
+        """Charge the time since the last call and the work of an update of so many samples."""
+        state, allowance, plan = self.state, self.parts.allowance, self.parts.driver.plan
+        now = time.perf_counter()
+        state.spent_s += now - self._since
+        self._since = now
+        if (of := self.parts.sample_flops) is not None and samples:
+            if self._flops is None or self._flops[0] is not plan:
+                self._flops = plan, of(plan)
+            state.spent_flop += self._flops[1] * samples
+        if allowance is not None:
+            state.exhausted = allowance.spent(state.step)
+
+    def _count(self, loss: float, weight: float, samples: int) -> None:
         state = self.state
         trained, backward = self._shares_of(self.parts.driver.plan)
         state.step += 1
+        self._spend(samples)
         state.loss_sum += loss * weight
         state.loss_weight += weight
         state.trained_share_sum += trained
@@ -359,6 +406,10 @@ class TrainingLoop:
         metrics = {"train_loss": state.loss_sum / state.loss_weight}
         measured = self.evaluate(self.task.val)
         metrics |= {f"val_{name}": value for name, value in measured.items()}
+        self._spend(0)
+        if (allowance := self.parts.allowance) is not None and allowance.counted:
+            state.total_steps = allowance.expected_steps(state.step)
+            self.parts.driver.total_steps = state.total_steps
         found = Best(state.evaluated + 1, state.step, measured["accuracy"], measured["loss"])
         better = found.beats(state.best)
         if better:
@@ -376,6 +427,7 @@ class TrainingLoop:
         if self.state.evaluated < self.config.epochs:
             self.state.policy_done = plan.done
             self.state.stopped_early = not plan.done and self._out_of_patience(plan)
+            self.state.budget_spent = self.state.exhausted
         self.listener.evaluated(metrics, better)
         if not self.done and self._checkpoint_due():
             self.listener.checkpoint()
@@ -387,8 +439,12 @@ class TrainingLoop:
             return False
         return not ends_its_phase(driver.policy, driver.backend.groups, plan)
 
-    def evaluate(self, split: Split) -> dict[str, float]:
+    def evaluate(self, split: Split, *, see: See | None = None) -> dict[str, float]:
         """Loss and accuracy on a split, without augmentation.
+
+        Args:
+            split: in its order.
+            see: receives the scores (N, C) of each batch and their classes (N,).
 
         Raises:
             KeyboardInterrupt: Ctrl-C.
@@ -399,7 +455,7 @@ class TrainingLoop:
             [(i, None) for i in range(start, min(start + size, len(split)))]
             for start in range(0, len(split), size)
         ]
-        return evaluate(self.task, self.parts, self._batches(split, keys), self.interrupt)
+        return evaluate(self.task, self.parts, self._batches(split, keys), self.interrupt, see)
 
     def _batches(self, split: Split, keys: Keys, *, draw: int = 0) -> Iterator[Batch]:
         if self.parts.cache is not None and self.parts.cache.serves(split):
@@ -430,7 +486,11 @@ class TrainingLoop:
 
 
 def evaluate(
-    task: Task, parts: Parts, batches: Iterator[Batch], interrupt: Interrupt
+    task: Task,
+    parts: Parts,
+    batches: Iterator[Batch],
+    interrupt: Interrupt,
+    see: See | None = None,
 ) -> dict[str, float]:
     """Mean cross-entropy and accuracy over batches; sums are kept in double precision."""
     loss = torch.zeros((), dtype=torch.float64, device=parts.device)
@@ -443,6 +503,8 @@ def evaluate(
             moved = batch.to(parts.device)
             with parts.forward():
                 logits = task.logits(parts.model, moved)
+            if see is not None:
+                see(logits, moved.targets)
             each = functional.cross_entropy(logits.float(), moved.targets, reduction="none")
             loss += each.double().sum()
             correct += (logits.argmax(dim=1) == moved.targets).sum()

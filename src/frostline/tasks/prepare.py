@@ -6,18 +6,21 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from frostline.backends.torch.backend import as_found
 from frostline.backends.torch.example import Example
+from frostline.backends.torch.flops import count_flops
 from frostline.backends.torch.freeze import torch_driver
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.measure import measure_costs
 from frostline.errors import DataError
 from frostline.groups import GroupCost, LayerGroups
 from frostline.records import read_run
+from frostline.tasks.allowance import Allowance, Budget, step_flops
 from frostline.tasks.caching import build_cache
 from frostline.tasks.config import RunConfig
 from frostline.tasks.folder import RunFolder, asked_settings
@@ -27,6 +30,9 @@ from frostline.tasks.setup import build_optimizer, build_policy, build_schedule,
 from frostline.tasks.task import Split, Task, load_task
 
 __all__ = ["Prepared", "prepare"]
+
+#: Samples that groups are found and measured with.
+_EXAMPLES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ def prepare(config: RunConfig, folder: RunFolder, device: torch.device) -> Prepa
     task = load_task(config)
     config = task.config
     model = task.model.to(device)
-    example = _moved(task.example(), device)
+    example = _moved(task.example(_EXAMPLES), device)
     groups = layer_groups(model, example, head=task.head)
     start = time.perf_counter()
     recorded = None if folder.asked() is None else _recorded_costs(folder, task)
@@ -94,20 +100,28 @@ def prepare(config: RunConfig, folder: RunFolder, device: torch.device) -> Prepa
     measure_s = 0.0 if recorded else time.perf_counter() - start
     optimizer = build_optimizer(config, model, groups)
     batching = Batching(len(task.train), config.batch_size, config.accumulate)
+    budget = None if config.budget is None else Budget.parse(config.budget)
+    allowance = Allowance(budget, config.epochs, batching.steps_per_epoch)
     driver = torch_driver(
         model,
         optimizer,
         build_policy(config),
-        total_epochs=config.epochs,
+        total_steps=allowance.steps,
         steps_per_epoch=batching.steps_per_epoch,
         groups=groups,
         optimizer_state=config.optimizer_state,
         fixed=as_found(model),  # what the model's author froze (sinusoidal positions) stays so
     )
-    scheduler = build_schedule(config, optimizer, driver.progress)
+    scheduler = build_schedule(config, optimizer, driver.progress, allowance)
     forward, scaler = mixed_precision(config, device)
     cache = build_cache(task, model, device)
-    parts = Parts(model, optimizer, scheduler, driver, device, forward, scaler, cache)
+    flops = None
+    if budget is not None and budget.unit == "flop":
+        forward_flops = count_flops(model, groups, example, samples=_EXAMPLES)
+        flops = partial(step_flops, groups, forward_flops)
+    parts = Parts(
+        model, optimizer, scheduler, driver, device, forward, scaler, cache, allowance, flops
+    )
     return Prepared(task, groups, parts, batching, measure_s)
 
 

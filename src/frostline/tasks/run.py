@@ -86,6 +86,7 @@ def fit(
     config: RunConfig | str | Path | None = None,
     fresh: bool = False,
     on_event: OnEvent | None = None,
+    pause_after: int | None = None,
     **settings: Any,
 ) -> Run:
     """Fine-tune a model under a freezing policy, from data to a tested, saved model.
@@ -103,6 +104,8 @@ def fit(
         fresh: start over: an earlier run in the same folder is moved aside, never overwritten.
         on_event: receives progress: mappings with "kind" (start, step, epoch, decision,
             checkpoint, end).
+        pause_after: leave the run unfinished once so many epochs are complete; the same call with
+            another number or none goes on with it.
         **settings: any field of `RunConfig`, e.g. `epochs=5, lr=3e-4, output="runs/first"`.
 
     Raises:
@@ -133,7 +136,7 @@ def fit(
         from frostline.tasks.session import run_session  # noqa: PLC0415
 
         with log_to(folder.log), borrowed_process(resolved.threads):
-            run_session(resolved, folder, on_event or _ignore)
+            run_session(resolved, folder, on_event or _ignore, pause_after=pause_after)
         return Run(folder.path)
 
 

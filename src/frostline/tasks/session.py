@@ -13,11 +13,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from frostline import _io
 from frostline.backends.torch.checkpoint import (
+    Held,
     checkpoint_folders,
     checkpoint_step,
     load_checkpoint,
@@ -44,13 +47,16 @@ _log = logging.getLogger("frostline")
 OnEvent = Callable[[dict[str, Any]], None]
 
 
-def run_session(config: RunConfig, folder: RunFolder, on_event: OnEvent) -> None:
-    """Train the run in its claimed folder until it is finished or interrupted.
+def run_session(
+    config: RunConfig, folder: RunFolder, on_event: OnEvent, *, pause_after: int | None = None
+) -> None:
+    """Train the run in its claimed folder until it is finished, paused or interrupted.
 
     Args:
         config: the settings as asked.
         folder: the run's folder, claimed by this process.
         on_event: receives progress.
+        pause_after: leave the run unfinished once so many epochs are complete.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
@@ -63,8 +69,8 @@ def run_session(config: RunConfig, folder: RunFolder, on_event: OnEvent) -> None
     session = Session(folder, prepare(config, folder, device), meter, on_event)
     session.resume(config)
     try:
-        session.train()
-        session.finish()
+        if session.train(pause_after=pause_after):
+            session.finish()
     finally:
         session.recorder.close()
 
@@ -113,6 +119,10 @@ class Session:
         )
         if extra is not None:
             self.loop.state = LoopState.from_json(extra["loop"])
+            self.loop.state.spent_s = extra["costs"]["training_s"]
+            if (total := self.loop.state.total_steps) is not None:
+                parts.driver.total_steps = total
+                parts.driver.progress = replace(parts.driver.progress, total_steps=total)
             self.meter.carried = extra["costs"]
             self._best_steps = extra["best_steps"]
             self._trained = extra["trained"]
@@ -149,17 +159,21 @@ class Session:
 
     # -- while training ----------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Train to the end; on Ctrl-C save first."""
+    def train(self, *, pause_after: int | None = None) -> bool:
+        """Train to the end, or to a pause; on Ctrl-C save first. Whether it is the end."""
         cache = self.prepared.parts.cache
         try:
             with self._interrupt, nullcontext() if cache is None else cache.attached():
-                self.loop.run()
+                self.loop.run(pause_after=pause_after)
         except KeyboardInterrupt:
             if self._interrupt.asked:  # else it may have come in the middle of an update
                 self._checkpoint()
                 _log.warning("interrupted; the same command goes on from here")
             raise
+        if not self.loop.done:
+            self._checkpoint()
+            _log.info("paused in %s after %d epochs", self.folder.path, self.loop.state.evaluated)
+        return self.loop.done
 
     def _updated(self, loss: float) -> None:
         state, parts = self.loop.state, self.prepared.parts
@@ -187,8 +201,7 @@ class Session:
             model=parts.model,
             step=self.loop.state.step,
             keep=0,
-            held=parts.driver.held,
-            beside=[self.folder.checkpoints],
+            held=Held(parts.driver.held, (self.folder.checkpoints,)),
         )
 
     def _evaluated(self, metrics: dict[str, float], better: bool) -> None:
@@ -230,7 +243,7 @@ class Session:
             },
             step=state.step,
             keep=keep,
-            beside=[self.folder.best],
+            held=Held(parts.driver.held, (self.folder.best,)),
         )
         self._saved = (state.step, state.evaluated)
         self._prune_best()
@@ -243,7 +256,8 @@ class Session:
                 _io.discard(old)
 
     def _costs(self) -> dict[str, Any]:
-        return self.meter.read(self.prepared.parts.driver, measure_s=self.prepared.measure_s)
+        costs = self.meter.read(self.prepared.parts.driver, measure_s=self.prepared.measure_s)
+        return costs | {"training_s": self.loop.state.spent_s}
 
     # -- after training ----------------------------------------------------------------------
 
@@ -280,7 +294,7 @@ class Session:
         return hashlib.sha256(text).hexdigest()
 
     def _test(self) -> dict[str, float]:
-        """Metrics of the best weights on the test split."""
+        """Metrics of the best weights on the test split; what they say of each sample is kept."""
         if best := self.loop.state.best:
             model, place = self.prepared.parts.model, self.folder.best
             if load_checkpoint(place, model=model, step=best.step, streams=()) is None:
@@ -289,7 +303,15 @@ class Session:
                     found=f"none in {place}",
                     fix="bring the folder back, or start over: fresh=True (--fresh)",
                 )
-        measured = self.loop.evaluate(self.prepared.task.test)
+        lines = ["index,label,predicted,probability"]
+
+        def see(scores: Tensor, labels: Tensor) -> None:
+            sure, best = scores.float().softmax(dim=1).max(dim=1)
+            for label, found, p in zip(labels.tolist(), best.tolist(), sure.tolist(), strict=True):
+                lines.append(f"{len(lines) - 1},{label},{found},{p:.6g}")
+
+        measured = self.loop.evaluate(self.prepared.task.test, see=see)
+        _io.atomic_write_text(self.folder.predictions, "\n".join(lines) + "\n")
         return {f"test_{name}": value for name, value in measured.items()}
 
     def _save_model(self, results: Mapping[str, Any]) -> None:
@@ -316,6 +338,7 @@ class Session:
             "steps": state.step,
             "stopped_early": state.stopped_early,
             "policy_done": state.policy_done,
+            "budget_spent": state.budget_spent,
             "decisions": len(self.prepared.parts.driver.decisions),
             "certificate_ok": _complete(certificate, self.prepared, state.step),
         }

@@ -17,6 +17,7 @@ from frostline.errors import ConfigError
 from frostline.groups import LayerGroups
 from frostline.policy import Policy
 from frostline.registry import make_policy
+from frostline.tasks.allowance import Allowance
 from frostline.tasks.config import RunConfig
 
 __all__ = [
@@ -69,7 +70,7 @@ def build_optimizer(
     return torch.optim.SGD(grouped, momentum=0.9)
 
 
-def learning_rate_factor(config: RunConfig, progress: Progress) -> Callable[[int], float]:
+def learning_rate_factor(config: RunConfig, progress: Progress) -> Callable[[float], float]:
     """Factor on every learning rate by updates completed: linear warm-up, then the schedule.
 
     Args:
@@ -85,9 +86,9 @@ def learning_rate_factor(config: RunConfig, progress: Progress) -> Callable[[int
     total = progress.total_steps or 1
     warm = min(total - 1, Duration.parse(config.warmup).steps(progress))
 
-    def factor(step: int) -> float:
+    def factor(step: float) -> float:
         if step < warm:
-            return (step + 1) / warm
+            return min(1.0, (step + 1) / warm)
         if config.schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / (total - warm))))
@@ -96,10 +97,19 @@ def learning_rate_factor(config: RunConfig, progress: Progress) -> Callable[[int
 
 
 def build_schedule(
-    config: RunConfig, optimizer: torch.optim.Optimizer, progress: Progress
+    config: RunConfig,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    allowance: Allowance | None = None,
 ) -> LambdaLR:
-    """Warm-up and schedule on every group of the optimizer, stepped once per update."""
-    return LambdaLR(optimizer, learning_rate_factor(config, progress))
+    """Warm-up and schedule on every group of the optimizer, stepped once per update.
+
+    Under a budget that is counted as the run goes, the schedule follows the share that is spent.
+    """
+    factor = learning_rate_factor(config, progress)
+    if allowance is None or not allowance.counted:
+        return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, lambda step: factor(allowance.share(step) * allowance.steps))
 
 
 def build_policy(config: RunConfig) -> Policy:

@@ -45,6 +45,7 @@ from frostline.driver import Driver
 from frostline.errors import StorageError
 
 __all__ = [
+    "Held",
     "checkpoint_folders",
     "checkpoint_step",
     "load_checkpoint",
@@ -66,6 +67,19 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Tensors that are held frozen, and where they may be saved already.
+
+    Attributes:
+        sha256: digest by name.
+        beside: further folders of checkpoints of this run whose files may be linked to.
+    """
+
+    sha256: Mapping[str, str]
+    beside: tuple[Path, ...] = ()
+
+
 def save_checkpoint(
     folder: str | Path,
     *,
@@ -77,8 +91,7 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     step: int | None = None,
     keep: int = 2,
-    held: Mapping[str, str] | None = None,
-    beside: Collection[str | Path] = (),
+    held: Held | None = None,
 ) -> Path:
     """Write a checkpoint and, once it is read back and verified, remove the oldest beyond `keep`.
 
@@ -99,8 +112,7 @@ def save_checkpoint(
         step: updates completed, for the name; by default the driver's count, else one more than
             the newest checkpoint's.
         keep: how many of the newest to keep, >= 2 (one to fall back on) or 0 for all.
-        held: SHA-256 of tensors that are held frozen, by name; by default the driver's.
-        beside: further folders of checkpoints of this run whose files may be linked to.
+        held: what is held frozen; by default what the driver holds.
 
     Returns:
         The new folder.
@@ -121,15 +133,14 @@ def save_checkpoint(
     parts = _collect(model, optimizer, scheduler, scaler, driver)
     number = _next_step(folder, driver) if step is None else step
     target = _free_name(folder, number)
-    frozen = driver.held if held is None and driver is not None else held or {}
-    frozen = {name: frozen[name] for name in sorted(frozen) if name in parts.tensors["model"]}
+    held = held or Held({} if driver is None else driver.held)
+    frozen = {n: held.sha256[n] for n in sorted(held.sha256) if n in parts.tensors["model"]}
     note = {"step": number, "parts": sorted(parts.trees), "held": _digest(frozen)}
     shared: dict[str, str] = {}
     with _io.atomic_folder(target, kind=KIND, note=note, shared=shared) as draft:
         if frozen:
             apart = {name: parts.tensors["model"].pop(name) for name in frozen}
-            places = [folder, *map(Path, beside)]
-            known = _share_held(places, note["held"], draft / _HELD)
+            known = _share_held([folder, *held.beside], note["held"], draft / _HELD)
             if known is None:
                 _write_tensors(draft / _HELD, apart)
             else:
