@@ -50,6 +50,20 @@ _COMMANDS = (
         ),
     ),
     _Command(
+        "compare",
+        "Compare freezing policies fairly: several seeds, one budget, controls, intervals.",
+        (
+            "frostline compare timm:resnet18 photos/ --policies full linear-probe gradual",
+            "frostline compare timm:resnet18 photos/ --policies full egeria --controls placebo",
+            "frostline compare hf:./minilm reviews.csv --seeds 5 --epochs 5 --margin 0.005",
+        ),
+    ),
+    _Command(
+        "study",
+        "Read a study's records again: another reference, margin or level; nothing is run.",
+        ("frostline study studies/photos-resnet18", "frostline study STUDY --reference gradual"),
+    ),
+    _Command(
         "predict",
         "Print labels and probabilities for new inputs, from a finished run.",
         (

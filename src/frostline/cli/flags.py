@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,14 +21,21 @@ _POSITIONAL = ("model", "data", "policy")
 _EITHER_WAY = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
-def config_flags(command: Callable[..., None]) -> Callable[..., None]:
+def config_flags(
+    command: Callable[..., None], *, without: Collection[str] = ()
+) -> Callable[..., None]:
     """Give a command one flag per setting; it receives those given as its first argument.
 
     The first three settings may also be given by position. A flag that was not given is absent
     from the mapping, so that a configuration file keeps its say.
+
+    Args:
+        command: takes the mapping, then options of its own by name.
+        without: settings that get no flag.
     """
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     settings = [_flag(name, field) for name, field in RunConfig.model_fields.items()]
+    settings = [flag for flag in settings if flag.name not in without]
     settings.sort(key=lambda p: p.kind)  # by position first, as Python wants them
 
     @functools.wraps(command)

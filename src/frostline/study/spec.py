@@ -1,0 +1,252 @@
+"""What a study compares: arms, seeds, one budget, and what was declared before it started."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from frostline.errors import ConfigError
+from frostline.registry import make_policy
+
+__all__ = ["CONTROLS", "Arm", "Control", "StudySpec", "arms_of", "controls_of"]
+
+Control = Literal["time", "compute", "placebo"]
+
+#: What each control of an arm is.
+CONTROLS: Mapping[Control, str] = {
+    "time": "full fine-tuning, its schedule compressed into the training seconds of the arm",
+    "compute": "the static prefix whose backward work is nearest to the arm's",
+    "placebo": "the arm's rule with the values of its signals shuffled between layer groups",
+}
+_FORMAT = 1
+_NAME = re.compile(r"[a-z0-9][a-z0-9.+=_@-]{0,79}")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One strategy of a study.
+
+    Attributes:
+        name: its name in tables and folders.
+        policy: short form of the policy; "" for a control that is not settled yet.
+        settings: settings of its runs that differ from the study's.
+        control: which control it is, or None for a strategy of interest.
+        of: the arm that it controls.
+
+    Example:
+        >>> Arm("half", "first:fraction=0.5").policy
+        'first:fraction=0.5'
+    """
+
+    name: str
+    policy: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    control: Control | None = None
+    of: str = ""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"name an arm {self.name!r}",
+                found="no name for a folder",
+                fix="lower-case letters, digits and . + = _ @ -, at most 80",
+            )
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known what its runs do."""
+        return bool(self.policy)
+
+
+@dataclass(frozen=True, slots=True)
+class StudySpec:
+    """A study as declared.
+
+    Attributes:
+        settings: of every run, as `RunConfig` takes them, without policy, seed and output.
+        arms: strategies of interest first, then their controls.
+        seeds: of the runs; every arm has one run per seed.
+        reference: name of the arm that the others are compared with.
+        margin: how much worse in accuracy (share, [0, 1)) still counts as not worse.
+        level: of the intervals, (0, 1).
+
+    Raises:
+        ConfigError: no arms or seeds, a name twice, an unknown reference, numbers out of range.
+
+    Example:
+        >>> spec = StudySpec({"model": "m", "data": "d"}, (Arm("full", "full"),), (0, 1), "full")
+        >>> StudySpec.from_json(spec.to_json()) == spec
+        True
+    """
+
+    settings: Mapping[str, Any]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    reference: str
+    margin: float = 0.01
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        wrong = {
+            "no arms": not self.arms,
+            "no seeds": not self.seeds,
+            "an arm twice": len(set(names)) < len(names),
+            "a seed twice": len(set(self.seeds)) < len(self.seeds),
+            f"no arm named {self.reference!r} among {', '.join(names)}": self.reference
+            not in names,
+            "a margin outside [0, 1)": not 0 <= self.margin < 1,
+            "a level outside (0, 1)": not 0 < self.level < 1,
+        }
+        if found := next((text for text, bad in wrong.items() if bad), None):
+            raise ConfigError("declare a study", found=found)
+
+    def __getitem__(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def settle(self, arm: Arm) -> StudySpec:
+        """The same study with a control settled."""
+        arms = tuple(arm if arm.name == old.name else old for old in self.arms)
+        return replace(self, arms=arms)
+
+    def extended(self, other: StudySpec) -> StudySpec:
+        """This study with the arms and seeds that `other` has besides.
+
+        Raises:
+            ConfigError: the two differ in more than arms and seeds.
+        """
+        for name in ("settings", "margin", "level", "reference"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ConfigError(
+                    f"go on with the study with {name} {_shown(mine, theirs, first=False)}",
+                    found=f"a study declared with {_shown(mine, theirs, first=True)}",
+                    fix="use the same, or another output folder",
+                )
+        here = {arm.name: arm for arm in self.arms}
+        for arm in other.arms:
+            if arm.name in here and (arm.control, arm.of) != (
+                here[arm.name].control,
+                here[arm.name].of,
+            ):
+                raise _renamed(arm)
+            if arm.settled and arm.name in here and here[arm.name] != arm:
+                raise _renamed(arm)
+        arms = (*self.arms, *(arm for arm in other.arms if arm.name not in here))
+        seeds = (*self.seeds, *(seed for seed in other.seeds if seed not in self.seeds))
+        return replace(self, arms=arms, seeds=seeds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {"format": _FORMAT} | asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StudySpec:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: another format.
+        """
+        if data.get("format") != _FORMAT:
+            raise ConfigError(
+                "read a study",
+                found=f"format {data.get('format')!r}",
+                fix=f"use the version that wrote it; this one reads format {_FORMAT}",
+            )
+        values = {key: value for key, value in data.items() if key != "format"}
+        arms = tuple(Arm(**arm) for arm in data["arms"])
+        return cls(**values | {"arms": arms, "seeds": tuple(data["seeds"])})
+
+
+def arms_of(policies: Sequence[str] | Mapping[str, Any]) -> tuple[Arm, ...]:
+    """Arms from policies, named after them; a mapping names them, and may add settings.
+
+    Args:
+        policies: short forms; or by name a short form, or a mapping with "policy" and settings of
+            its own.
+
+    Raises:
+        PolicyError: an unknown policy or option.
+        ConfigError: two arms of one name, or an arm without a policy.
+
+    Example:
+        >>> [arm.name for arm in arms_of(["full", "gradual:until=50%"])]
+        ['full', 'gradual-until=50']
+        >>> arms_of({"slow": {"policy": "full", "lr": 1e-5}})[0].settings
+        {'lr': 1e-05}
+    """
+    if not isinstance(policies, Mapping):
+        policies = {_slug(text): text for text in policies}
+    arms = []
+    for name, what in policies.items():
+        given = {"policy": what} if isinstance(what, str) else dict(what)
+        if not isinstance(policy := given.pop("policy", None), str):
+            raise ConfigError(f"compare {name!r}", found="no policy", fix="policy: full, say")
+        make_policy(policy)
+        arms.append(Arm(name, policy, given))
+    return tuple(arms)
+
+
+def controls_of(arms: Sequence[Arm], wanted: Sequence[str]) -> tuple[Arm, ...]:
+    """The controls of these arms; those that depend on what an arm costs are not settled yet.
+
+    Full fine-tuning needs none, a static prefix is its own in compute, and only rules with signals
+    have a placebo.
+
+    Args:
+        arms: strategies of interest.
+        wanted: of `CONTROLS`.
+
+    Raises:
+        ConfigError: an unknown control.
+
+    Example:
+        >>> found = controls_of(arms_of(["full", "autofreeze"]), ["time", "placebo"])
+        >>> [(arm.name, arm.settled) for arm in found]
+        [('time@autofreeze', False), ('placebo@autofreeze', True)]
+    """
+    if unknown := [name for name in wanted if name not in CONTROLS]:
+        raise ConfigError(
+            f"control by {unknown[0]!r}", found="no such control", fix=", ".join(CONTROLS)
+        )
+    found = []
+    for kind in CONTROLS:
+        for arm in arms if kind in wanted else ():
+            name = f"{kind}@{arm.name}"[:80]
+            policy = make_policy(arm.policy)
+            if kind == "placebo" and policy.needs():
+                shuffled = f"placebo:policy=({arm.policy})"
+                found.append(Arm(name, shuffled, arm.settings, kind, arm.name))
+            elif kind != "placebo" and arm.policy != "full":
+                static = kind == "compute" and arm.policy.partition(":")[0] in _STATIC_PREFIXES
+                if not static:
+                    found.append(Arm(name, "", arm.settings, kind, arm.name))
+    return tuple(found)
+
+
+_STATIC_PREFIXES = ("first", "linear-probe")
+
+
+def _slug(text: str) -> str:
+    """A name for a folder from a short form; equal texts have equal names."""
+    plain = re.sub(r"[^a-z0-9.+=_@]+", "-", text.lower()).strip("-.")
+    return plain[:80].rstrip("-.") or "arm"
+
+
+def _shown(mine: Any, theirs: Any, *, first: bool) -> str:
+    """What differs, of two mappings only the values that do."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        keys = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+        chosen = mine if first else theirs
+        return ", ".join(f"{k}={chosen.get(k)!r}" for k in keys[:3])
+    return repr(mine if first else theirs)
+
+
+def _renamed(arm: Arm) -> ConfigError:
+    return ConfigError(
+        f"add the arm {arm.name!r}",
+        found="an arm of that name that does something else",
+        fix="give it another name: {name: policy}",
+    )
