@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from frostline.backends.torch.measure import measure_costs
     from frostline.backends.torch.optimizer import parameter_groups
     from frostline.frontier.cache import FrontierCache
+    from frostline.study.compare import Study, compare
     from frostline.tasks.run import Run, fit, load
 
 _LAZY = {
     "FrontierCache": "frostline.frontier.cache",
     "Run": "frostline.tasks.run",
+    "Study": "frostline.study.compare",
+    "compare": "frostline.study.compare",
     "fit": "frostline.tasks.run",
     "freeze": "frostline.backends.torch.freeze",
     "frozen": "frostline.backends.torch.freeze",
@@ -59,8 +62,10 @@ __all__ = [
     "Progress",
     "Run",
     "Selector",
+    "Study",
     "__version__",
     "available_policies",
+    "compare",
     "fit",
     "freeze",
     "frozen",
