@@ -6,7 +6,7 @@ import importlib.util
 
 from frostline.errors import MissingExtra
 
-for _name in ("scipy", "sklearn"):
+for _name in ("optuna", "scipy", "sklearn"):
     if importlib.util.find_spec(_name) is None:
         raise MissingExtra(
             "compare or choose",

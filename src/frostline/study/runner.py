@@ -29,7 +29,18 @@ from frostline.records import RunRecord, read_run
 from frostline.study.spec import Arm, StudySpec
 from frostline.tasks.run import fit
 
-__all__ = ["OnEvent", "StudyFolder", "TrialKey", "open_study", "run_order", "run_study", "settle"]
+__all__ = [
+    "OnEvent",
+    "StudyFolder",
+    "TrialKey",
+    "note_failure",
+    "open_study",
+    "run_once",
+    "run_order",
+    "run_settings",
+    "run_study",
+    "settle",
+]
 
 _log = logging.getLogger("frostline")
 #: Receives progress of the runs, each event with "arm", "seed", "place" and "of" besides.
@@ -180,7 +191,7 @@ def run_study(
         if not arm.settled:
             parent = TrialKey(arm.of, spec.seeds[0])
             if folder.failure(parent).is_file():
-                _note_failure(folder, key, f"the run it depends on failed: {parent.arm}")
+                note_failure(folder, key, f"the run it depends on failed: {parent.arm}")
                 continue
             arm = settle(arm, read_run(folder.run(parent)))
             spec = spec.settle(arm)
@@ -193,13 +204,10 @@ def run_study(
 
         settings = run_settings(spec, arm, key.seed, folder.run(key))
         try:
-            if isolate:
-                _run_apart(settings, tell)
-            else:
-                fit(**settings, on_event=tell)
+            run_once(settings, tell, isolate=isolate)
         except TrainingError as error:
             _log.warning("%s, seed %d: %s", key.arm, key.seed, error)
-            _note_failure(folder, key, str(error))
+            note_failure(folder, key, str(error))
     return spec
 
 
@@ -248,6 +256,26 @@ def _groups_of(record: RunRecord) -> LayerGroups:
         for depth, (name, size) in enumerate(sizes.items())
     )
     return LayerGroups(items, head=frozenset(record.header["head"]))
+
+
+def run_once(
+    settings: Mapping[str, Any], tell: Callable[[dict[str, Any]], None], *, isolate: bool
+) -> None:
+    """One run, in a process of its own or in this one.
+
+    Args:
+        settings: as `fit` takes them; ``pause_after`` may be among them.
+        tell: receives progress.
+        isolate: whether in a process of its own.
+
+    Raises:
+        FrostlineError: what the run raised.
+        KeyboardInterrupt: Ctrl-C; the run has saved itself.
+    """
+    if isolate:
+        _run_apart(settings, tell)
+    else:
+        fit(**settings, on_event=tell)
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -304,6 +332,7 @@ def _raised(event: Mapping[str, Any]) -> FrostlineError:
     return kind(event["asked"], found=event["found"], fix=event["fix"])
 
 
-def _note_failure(folder: StudyFolder, key: TrialKey, why: str) -> None:
+def note_failure(folder: StudyFolder, key: TrialKey, why: str) -> None:
+    """Write down why a run could not be finished."""
     _io.make_folder(folder.failure(key).parent)
     _io.atomic_write_json(folder.failure(key), {"why": why})

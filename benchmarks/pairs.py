@@ -1,0 +1,91 @@
+"""Pairs of a pretrained model and a data set of the shared folder, as `frostline fit` takes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from frontier_models import SHARED, convert_lite0, minilm_path
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from models_for_tests import CIFAR_MEAN, CIFAR_STD, CifarResNet
+
+__all__ = ["Pair", "pairs"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and data.
+
+    Attributes:
+        title: for people.
+        model: as `fit` takes it.
+        data: folder of the data.
+        groups: layer groups of the backbone.
+        settings: of the runs, besides.
+        held_out: kept out of sight while rules were designed, and reported apart.
+    """
+
+    title: str
+    model: str
+    data: Path
+    groups: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    held_out: bool = False
+
+
+def cifar_resnet(depth: int, num_classes: int) -> nn.Module:
+    """A CIFAR ResNet of 20, 32 or 56 layers."""
+    return CifarResNet((depth - 2) // 6, num_classes)
+
+
+def resnet20(num_classes: int) -> nn.Module:
+    """As named, for `fit`."""
+    return cifar_resnet(20, num_classes)
+
+
+def resnet56(num_classes: int) -> nn.Module:
+    """As named, for `fit`."""
+    return cifar_resnet(56, num_classes)
+
+
+def pairs(scratch: Path) -> dict[str, Pair]:
+    """All pairs by name; converted weights go to the scratch folder."""
+    data = {name: SHARED / "data" / name for name in ("caltech20_32", "flowers5", "trec6")}
+    data |= {name: SHARED / "data" / name for name in ("banking77", "sst2")}
+    cifar = {
+        "image_size": 32,
+        "image_mean": list(CIFAR_MEAN),
+        "image_std": list(CIFAR_STD),
+        "views": 2,
+    }
+    colours = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3, "image_size": 128}
+
+    def resnet(depth: int) -> dict[str, Any]:
+        return {"weights": str(SHARED / f"models/resnet_cifar10/resnet{depth}.safetensors"), **cifar}
+
+    lite0 = {"weights": str(convert_lite0(scratch / "lite0.safetensors")), **colours}
+    text, short = f"hf:{minilm_path()}", {"max_length": 64}
+    return {
+        "caltech20-resnet20": Pair(
+            "caltech20, ResNet-20", "pairs:resnet20", data["caltech20_32"], 10, resnet(20)
+        ),
+        "caltech20-resnet56": Pair(
+            "caltech20, ResNet-56", "pairs:resnet56", data["caltech20_32"], 28, resnet(56), True
+        ),
+        "flowers5-lite0": Pair(
+            "flowers5, EfficientNet-lite0 at 128 px", "timm:tf_efficientnet_lite0",
+            data["flowers5"], 18, lite0,
+        ),
+        "flowers5-squeezenet": Pair(
+            "flowers5, SqueezeNet", "frontier_models:squeezenet", data["flowers5"], 9,
+            {"head_lr": 1e-3, "lr": 1e-4},
+        ),
+        "trec6-minilm": Pair("trec6, MiniLM", text, data["trec6"], 7, short),
+        "sst2-minilm": Pair("sst2, MiniLM", text, data["sst2"], 7, short),
+        "banking77-minilm": Pair("banking77, MiniLM", text, data["banking77"], 7, short, True),
+    }  # fmt: skip

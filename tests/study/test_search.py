@@ -1,0 +1,132 @@
+"""Sweeps: who is stopped when, what a killed one goes on with, and where the trials are kept."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faulty_disk import QuickDisk, use_disk
+from frostline.errors import ConfigError
+from frostline.study.search import rungs, sweep
+
+TINY: dict[str, Any] = {
+    "epochs": 4,
+    "batch_size": 16,
+    "lr": 0.01,
+    "patience": None,
+    "threads": 1,
+    "device": "cpu",
+    "cache": "off",
+}
+POLICIES = ["full", "linear-probe", "first:groups=1", "first:groups=2", "gradual", "bitfit"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk():
+    with use_disk(QuickDisk()):
+        yield
+
+
+def tiny(tmp_path: Path, policies: Any = POLICIES, **change: Any):
+    given = TINY | {"isolate": False, "output": tmp_path / "sweep"} | change
+    return sweep("tiny_task:tiny_model", "tiny_task:tiny_data", policies, **given)
+
+
+@given(st.integers(1, 200), st.integers(1, 20), st.integers(2, 5))
+def test_rungs_rise_by_the_factor_to_the_whole_run(epochs, first, factor):
+    found = rungs(epochs, first=first, factor=factor)
+    assert found[-1] == epochs
+    assert list(found) == sorted(set(found))
+    assert all(b == a * factor for a, b in itertools.pairwise(found[:-1]))
+    assert found[0] == min(first, epochs)
+
+
+@pytest.mark.parametrize("change", [{"first": 0}, {"factor": 1}, {"epochs": 0}])
+def test_numbers_that_are_too_small_are_refused(tmp_path: Path, change):
+    with pytest.raises(ConfigError):
+        tiny(tmp_path, **change)
+
+
+def test_a_sweep_stops_most_and_runs_the_best_to_the_end(tmp_path: Path):
+    found = tiny(tmp_path)
+    assert {row.arm for row in found.rows} == {
+        "full", "linear-probe", "first-groups=1", "first-groups=2", "gradual", "bitfit"
+    }  # fmt: skip
+    finished = [row for row in found.rows if row.state == "finished"]
+    stopped = [row for row in found.rows if row.state == "stopped"]
+    assert finished
+    assert stopped
+    assert all(row.epochs == 4 for row in finished)
+    assert all(row.epochs in (1, 3) for row in stopped)
+    assert found.rows[0].state == "finished"
+    best = max(row.val_accuracy or 0 for row in finished)
+    assert found.rows[0].val_accuracy == best
+    assert found.rows[0].policy in found.sentence
+    # Nobody who was stopped was among the best third of those before it at its rung.
+    trials = optuna.load_study(
+        study_name="sweep-1-3", storage=f"sqlite:///{tmp_path / 'sweep' / 'trials.db'}"
+    ).trials
+    for trial in trials:
+        if trial.state is optuna.trial.TrialState.PRUNED:
+            rung = max(trial.intermediate_values)
+            earlier = [
+                t.intermediate_values[rung]
+                for t in trials[: trial.number + 1]
+                if rung in t.intermediate_values
+            ]
+            better = sum(value > trial.intermediate_values[rung] for value in earlier)
+            assert better >= max(1, len(earlier) // 3)
+
+
+def test_a_sweep_goes_on_after_an_interrupt_and_takes_more_policies(tmp_path: Path):
+    straight = tiny(tmp_path, output=tmp_path / "straight" / "sweep")
+    seen: list[str] = []
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["kind"] == "epoch" and event["arm"] not in seen and len(seen) < 2:
+            seen.append(event["arm"])
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tiny(tmp_path, POLICIES[:4], on_event=interrupt)
+    tiny(tmp_path, POLICIES[:4])
+    again = tiny(tmp_path)
+    plain = [(r.arm, r.state, r.epochs, r.val_accuracy) for r in again.rows]
+    assert plain == [(r.arm, r.state, r.epochs, r.val_accuracy) for r in straight.rows]
+
+
+def test_a_policy_that_diverges_is_last_and_not_tried_again(tmp_path: Path):
+    wild = {"policy": "full", "lr": 10.0, "optimizer": "sgd", "clip_norm": None, "warmup": "0st",
+            "head_lr": 10.0}  # fmt: skip
+    tries: list[str] = []
+    counts: list[int] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if event["kind"] == "start":
+            tries.append(event["arm"])
+
+    for _ in range(2):
+        found = sweep(
+            "tiny_task:deep_linear_model", "tiny_task:tiny_data", {"wild": wild, "tame": "full"},
+            **TINY | {"epochs": 3, "lr": 1e-3}, isolate=False, output=tmp_path / "sweep",
+            on_event=note,
+        )  # fmt: skip
+        assert [row.arm for row in found.rows] == ["tame", "wild"]
+        assert found.rows[1].state == "failed"
+        counts.append(tries.count("wild"))
+    assert counts[0] == counts[1] >= 1
+
+
+def test_trials_are_kept_where_the_caller_keeps_studies(tmp_path: Path):
+    storage = optuna.storages.InMemoryStorage()
+    tiny(tmp_path, ["full", "linear-probe"], epochs=2, storage=storage)
+    assert not (tmp_path / "sweep" / "trials.db").exists()
+    (study,) = optuna.get_all_study_summaries(storage)
+    assert study.n_trials == 2
