@@ -64,6 +64,11 @@ _COMMANDS = (
         ("frostline study studies/photos-resnet18", "frostline study STUDY --reference gradual"),
     ),
     _Command(
+        "sweep",
+        "Try many policies with one seed; most are stopped early.",
+        ("frostline sweep timm:resnet18 photos/ --policies linear-probe full --output sweeps/1",),
+    ),
+    _Command(
         "predict",
         "Print labels and probabilities for new inputs, from a finished run.",
         (

@@ -20,7 +20,7 @@ from frostline.cli.results import seconds_text
 from frostline.cli.terminal import console, escape
 from frostline.errors import ConfigError
 
-__all__ = ["compare"]
+__all__ = ["compare", "follow_runs", "required"]
 
 _List = Parameter(consume_multiple=True, negative="")
 
@@ -74,13 +74,10 @@ def compare(
 
     The same command again goes on where it was; with more policies or seeds it does the rest.
     """
-    settings = overrides(given)
-    for name in ("model", "data"):
-        if name not in settings:
-            raise ConfigError("compare policies", found=f"no {name}", fix="MODEL DATA --policies …")
+    settings = required(overrides(given))
     from frostline.study.compare import compare as run
 
-    with _follow(quiet=quiet) as on_event:
+    with follow_runs(quiet=quiet) as on_event:
         done = run(
             settings.pop("model"),
             settings.pop("data"),
@@ -97,6 +94,18 @@ def compare(
     print_comparison(done.analyse(), done.path, as_json=json)
 
 
+def required(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, which name a model and data.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    for name in ("model", "data"):
+        if name not in settings:
+            raise ConfigError("compare policies", found=f"no {name}", fix="MODEL DATA --policies …")
+    return settings
+
+
 def _seeds(text: str) -> int | list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -111,7 +120,7 @@ def _seeds(text: str) -> int | list[int]:
 
 
 @contextmanager
-def _follow(*, quiet: bool) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
+def follow_runs(*, quiet: bool) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
     """A line per run, and on a terminal a bar for the run in progress."""
     out = console(sys.stderr)
     if quiet:
