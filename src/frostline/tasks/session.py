@@ -208,6 +208,7 @@ class Session:
         state = self.loop.state
         costs = {
             "wall_s": self.meter.wall_s,
+            "training_s": state.spent_s,
             "peak_memory_bytes": self.meter.peak_memory_bytes,
         }
         self.recorder.epoch(state.evaluated, state.step, metrics, costs=costs)
