@@ -1,4 +1,4 @@
-"""Pairs of a pretrained model and a data set of the shared folder, as `frostline fit` takes them."""
+"""Pairs of a pretrained model and a data set of the shared folder, as `fit` takes them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def pairs(scratch: Path) -> dict[str, Pair]:
     colours = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3, "image_size": 128}
 
     def resnet(depth: int) -> dict[str, Any]:
-        return {"weights": str(SHARED / f"models/resnet_cifar10/resnet{depth}.safetensors"), **cifar}
+        return {
+            "weights": str(SHARED / f"models/resnet_cifar10/resnet{depth}.safetensors"),
+            **cifar,
+        }
 
     lite0 = {"weights": str(convert_lite0(scratch / "lite0.safetensors")), **colours}
     text, short = f"hf:{minilm_path()}", {"max_length": 64}
@@ -75,7 +78,8 @@ def pairs(scratch: Path) -> dict[str, Pair]:
             "caltech20, ResNet-20", "pairs:resnet20", data["caltech20_32"], 10, resnet(20)
         ),
         "caltech20-resnet56": Pair(
-            "caltech20, ResNet-56", "pairs:resnet56", data["caltech20_32"], 28, resnet(56), True
+            "caltech20, ResNet-56", "pairs:resnet56", data["caltech20_32"], 28, resnet(56),
+            held_out=True,
         ),
         "flowers5-lite0": Pair(
             "flowers5, EfficientNet-lite0 at 128 px", "timm:tf_efficientnet_lite0",
@@ -87,5 +91,8 @@ def pairs(scratch: Path) -> dict[str, Pair]:
         ),
         "trec6-minilm": Pair("trec6, MiniLM", text, data["trec6"], 7, short),
         "sst2-minilm": Pair("sst2, MiniLM", text, data["sst2"], 7, short),
-        "banking77-minilm": Pair("banking77, MiniLM", text, data["banking77"], 7, short, True),
+        "banking77-minilm": Pair(
+            "banking77, MiniLM", text, data["banking77"], 7, short,
+            held_out=True,
+        ),
     }  # fmt: skip

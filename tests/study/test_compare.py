@@ -148,9 +148,7 @@ def test_a_study_has_every_run_with_its_seed_and_policy(done):
         config = frostline.tasks.run.Run(StudyFolder(done.path).run(key)).config
         assert (config.seed, config.policy) == (key.seed, spec[key.arm].policy)
     assert all(arm.settled for arm in spec.arms)
-    assert spec["placebo@autofreeze-every=25"].policy == (
-        "placebo:policy=(autofreeze:every=25%)"
-    )
+    assert spec["placebo@autofreeze-every=25"].policy == ("placebo:policy=(autofreeze:every=25%)")
 
 
 def test_a_control_in_time_is_full_and_takes_about_as_long(done):
