@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from frostline.backends.torch.measure import measure_costs
     from frostline.backends.torch.optimizer import parameter_groups
     from frostline.frontier.cache import FrontierCache
+    from frostline.study.choose import Choice, choose
     from frostline.study.compare import Study, compare
     from frostline.tasks.run import Run, fit, load
 
 _LAZY = {
     "FrontierCache": "frostline.frontier.cache",
+    "Choice": "frostline.study.choose",
     "Run": "frostline.tasks.run",
     "Study": "frostline.study.compare",
+    "choose": "frostline.study.choose",
     "compare": "frostline.study.compare",
     "fit": "frostline.tasks.run",
     "freeze": "frostline.backends.torch.freeze",
@@ -48,6 +51,7 @@ _LAZY = {
 
 __all__ = [
     "Certificate",
+    "Choice",
     "Decision",
     "Driver",
     "Duration",
@@ -65,6 +69,7 @@ __all__ = [
     "Study",
     "__version__",
     "available_policies",
+    "choose",
     "compare",
     "fit",
     "freeze",

@@ -33,6 +33,14 @@ class _Command:
 
 _COMMANDS = (
     _Command(
+        "choose",
+        "Rank pretrained models for your data, before any training.",
+        (
+            "frostline choose photos/ timm:resnet18 timm:efficientnet_lite0",
+            "frostline choose reviews.csv hf:./minilm hf:./minilm,weights=random --no-costs",
+        ),
+    ),
+    _Command(
         "inspect",
         "Show the layer groups of a model and what freezing each would save.",
         (
