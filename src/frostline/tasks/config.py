@@ -303,6 +303,14 @@ class RunConfig(BaseModel):
         description="Share of the data for the final test where the data has no such split, "
         "(0, 1).",
     )
+    train_samples: Integer | None = Field(
+        None,
+        ge=2,
+        le=1_000_000_000,
+        description="Most training samples to use, >= 2 and one of each class: a subset with the "
+        "classes in their proportions, drawn by the seed, that holds every smaller one. By "
+        "default all.",
+    )
     skip_bad: bool = Field(
         default=False,
         description="Whether unreadable samples are left out and counted. Off by default: a bad "

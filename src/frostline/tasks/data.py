@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from frostline.errors import DataError
 from frostline.tasks.config import RunConfig
 from frostline.tasks.folders import read_image_folder
@@ -34,7 +36,7 @@ from frostline.tasks.tables import (
     text_rows,
 )
 
-__all__ = ["Data", "read_data", "split_rows"]
+__all__ = ["Data", "nested_order", "read_data", "split_rows"]
 
 _log = logging.getLogger(__name__)
 _FORMS = (
@@ -92,6 +94,7 @@ def read_data(config: RunConfig) -> Data:
     labels = _labels(found["all" if "all" in found else "train"], config.data)
     origin = dict.fromkeys(found, "data")
     splits = _complete(found, config, origin)
+    splits["train"] = _at_most(splits["train"], config, origin)
     _check_classes(splits, labels)
     repeats = _repeats(splits)
     for pair, count in repeats.items():
@@ -138,6 +141,53 @@ def split_rows(rows: Rows, fraction: float, *, seed: int, what: str) -> tuple[Ro
         range(total), test_size=size, stratify=list(rows.labels), random_state=seed
     )
     return rows.take(sorted(rest)), rows.take(sorted(share))
+
+
+def nested_order(labels: Sequence[str], *, seed: int) -> list[int]:
+    """Places of all samples, so ordered that the first n are a stratified subset for every n.
+
+    One of each class comes first, in the order of their sizes. After that classes take turns by
+    the divisors 1, 3, 5, ...: k samples of a class of N come at (k - 1/2) / N, so that the first n
+    hold the classes in their proportions. Which sample of a class is next is drawn.
+
+    Args:
+        labels: class of each sample, at least one.
+        seed: decides which samples, >= 0.
+
+    References:
+        Sainte-Lague 1910, "La representation proportionnelle et la methode des moindres carres",
+        Annales scientifiques de l'E.N.S. 27: the divisors; with them no class ever loses a seat
+        when one more is given.
+
+    Example:
+        >>> order = nested_order(list("aaaaaabbb"), seed=0)
+        >>> ["".join(sorted("aaaaaabbb"[i] for i in order[:n])) for n in (2, 3, 6)]
+        ['ab', 'aab', 'aaaabb']
+    """
+    random = np.random.default_rng((seed, len(labels)))
+    names, classes = np.unique(np.asarray(labels), return_inverse=True)
+    turn = np.empty(len(labels))
+    for number in range(len(names)):
+        places = random.permutation(np.flatnonzero(classes == number))
+        turn[places] = (np.arange(len(places)) + 0.5) / len(places)
+        turn[places[0]] -= 1  # before all others
+    # Classes of one size come at the same time: neither is always first.
+    return np.lexsort((random.random(len(labels)), turn)).tolist()
+
+
+def _at_most(rows: Rows, config: RunConfig, origin: dict[str, str]) -> Rows:
+    """The training rows that the settings allow, in the order in which they came."""
+    wanted, total = config.train_samples, len(rows.labels)
+    if wanted is None or wanted >= total:
+        return rows
+    if wanted < (classes := len(set(rows.labels))):
+        raise DataError(
+            f"train on {wanted} of {total} samples",
+            found=f"{classes} classes, so not one sample of each",
+            fix=f"train_samples={classes} or more",
+        )
+    origin["train"] += f"; {wanted} of {total}, stratified, seed {config.seed}"
+    return rows.take(sorted(nested_order(rows.labels, seed=config.seed)[:wanted]))
 
 
 def _complete(
