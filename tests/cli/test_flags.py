@@ -63,6 +63,7 @@ _SAMPLES = {
     "policy": "full",
     "weights": "random",
     "output": "somewhere",
+    "budget": "500st",
     "warmup": "3st",
     "checkpoint_every": "10%",
     "device": "cpu",

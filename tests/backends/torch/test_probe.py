@@ -6,6 +6,7 @@ import copy
 from collections import UserDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -585,6 +586,8 @@ def test_a_checkpoint_carries_trees_of_tensors_bit_for_bit(tmp_path: Any) -> Non
     """A driver's state as leaves of its tree: what signals remember, the batch, best weights."""
 
     class Carrier:
+        held = MappingProxyType[str, str]({})
+
         def __init__(self, state: Any = None) -> None:
             self.kept = state
             self.progress = type("Progress", (), {"step": 3})()
