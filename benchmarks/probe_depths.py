@@ -40,9 +40,9 @@ from torch.nn import functional
 
 from frostline.backends.torch.grouping import layer_groups
 from frostline.groups import LayerGroups
-from frostline.study.probes import ProbeCurve, ProbePoint, probe_curve, solved_head
 from frostline.tasks.config import load_config
 from frostline.tasks.features import Features, collect_features
+from frostline.tasks.probes import ProbeCurve, ProbePoint, probe_curve, solved_head
 from frostline.tasks.setup import build_optimizer
 from frostline.tasks.task import Batch, Split, Task, load_task
 

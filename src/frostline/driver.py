@@ -29,7 +29,7 @@ from frostline.errors import (
 from frostline.gauges import Gauges
 from frostline.plan import FreezePlan
 from frostline.policy import Decision, Event, EventKind, Policy, State, read_metric
-from frostline.signals import Array
+from frostline.signals import SIGNALS, Array
 
 __all__ = ["Certificate", "Driver", "Hold"]
 
@@ -109,6 +109,8 @@ class Driver:
         steps_per_epoch: updates per epoch, if known ("2ep" needs it).
         on_decision: called with each `Decision` after it was applied.
         prove: keep SHA-256 digests of everything frozen and check them.
+        measured: signals of the data that were measured before the run, by name and group, for
+            policies that read them ("probe_accuracy"); may be set until the driver starts.
 
     Attributes:
         plan: the plan in force.
@@ -140,6 +142,7 @@ class Driver:
     steps_per_epoch: int | None = None
     on_decision: Callable[[Decision], None] | None = None
     prove: bool = True
+    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     plan: FreezePlan = field(init=False, default_factory=FreezePlan)
     decisions: list[Decision] = field(init=False, default_factory=list)
     progress: Progress = field(init=False)
@@ -172,7 +175,9 @@ class Driver:
         self._state = self.policy.init(self.backend.groups)
         if self._gauges.static:
             with self.costs.charge("signals_s"):
-                self._gauges.read_static(self.backend.probe(), self.backend.groups)
+                self._gauges.read_static(
+                    self.backend.probe(), self.backend.groups, self._supplied()
+                )
         self._ask(EventKind.START, {}, first=True)
         return self.plan
 
@@ -373,6 +378,29 @@ class Driver:
             self._verify(list(self._held))
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _supplied(self) -> Mapping[str, Mapping[str, float]]:
+        """What was measured before the run; raises where it is of no such signal or group."""
+        known = sorted(name for name, signal in SIGNALS.items() if signal.supplied)
+        groups = self.backend.groups.names
+        for name, values in self.measured.items():
+            if name not in known:
+                raise PolicyError(
+                    f"supply the signal {name!r}",
+                    found="no signal that is measured before the run",
+                    fix=f"one of {', '.join(known)}",
+                )
+            if odd := sorted(set(values) - set(groups)):
+                raise PolicyError(
+                    f"supply the signal {name!r}",
+                    found=f"values of {few(odd)}, which are no layer groups",
+                    fix=f"names such as {few(list(groups))}",
+                )
+            if bad := [group for group, value in values.items() if not math.isfinite(value)]:
+                raise PolicyError(
+                    f"supply the signal {name!r}", found=f"values of {few(bad)} that are no number"
+                )
+        return self.measured
 
     def _started(self) -> bool:
         """Start the run if it has not; whether this call did. Raises when it is over."""

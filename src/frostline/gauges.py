@@ -114,12 +114,24 @@ class Gauges:
         """Whether the backward pass of this step must run through frozen groups, too."""
         return any(g.need.frozen_too and g.gathers(step) for g in self._gauges)
 
-    def read_static(self, probe: Probe, groups: LayerGroups) -> None:
-        """Read the signals of the weights alone: before the first decision."""
+    def read_static(
+        self,
+        probe: Probe,
+        groups: LayerGroups,
+        measured: Mapping[str, Values] | None = None,
+    ) -> None:
+        """Read the signals of the weights alone, before any step.
+
+        Args:
+            probe: a view of the model.
+            groups: its layer groups.
+            measured: values of the signals that are supplied, by name and group.
+        """
         for need in self.static:
             start = time.perf_counter()
             signal = SIGNALS[need.signal]
-            found: dict[str, float] = {}
+            given = (measured or {}).get(need.signal, {}) if signal.supplied else {}
+            found = {group.name: given[group.name] for group in groups if group.name in given}
             for unit in units_of(groups, need.per):
                 memory: Memory = {}
                 signal.gather(memory, probe, unit)

@@ -72,6 +72,16 @@ class RunRecorder:
         self._lines.append(first | dict(about) | {"costs": machine | dict(costs)})
         self._lines.sync()
 
+    def first_look(self, found: Mapping[str, Any], *, costs: Mapping[str, Any]) -> None:
+        """What was found on the data before the first decision.
+
+        Args:
+            found: plain JSON, free of the clock.
+            costs: what depends on it.
+        """
+        self._lines.append({"kind": "first_look"} | dict(found) | {"costs": dict(costs)})
+        self._lines.sync()
+
     def decision(self, decision: Decision) -> None:
         """A change of plan, durable at once."""
         self._lines.append({"kind": "decision"} | decision.to_json())
@@ -129,6 +139,7 @@ class RunRecord:
     Attributes:
         path: the run's folder.
         header: configuration, data, model, versions.
+        first_look: what was found on the data before training; empty where nothing was looked at.
         epochs: one mapping per epoch: epoch, step, metrics, costs.
         decisions: every change of plan.
         certificate: the proof of freezing in short, or None before the end.
@@ -138,6 +149,7 @@ class RunRecord:
 
     path: Path
     header: Mapping[str, Any]
+    first_look: Mapping[str, Any]
     epochs: tuple[Mapping[str, Any], ...]
     decisions: tuple[Decision, ...]
     certificate: Mapping[str, Any] | None
@@ -175,6 +187,7 @@ def read_run(path: str | Path) -> RunRecord:
     return RunRecord(
         path=file.parent,
         header=header,
+        first_look=next(iter(kinds.get("first_look", ())), {}),
         epochs=tuple(kinds.get("epoch", ())),
         decisions=tuple(Decision.from_json(d) for d in kinds.get("decision", ())),
         certificate=next(iter(kinds.get("certificate", ())), None),

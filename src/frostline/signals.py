@@ -177,6 +177,8 @@ class Signal:
         static: a function of the weights alone, read once before training.
         activations: reads the probe batch.
         from_start: the reference is that of the very first step, whenever the request begins.
+        supplied: measured on the data by whoever builds the driver, and given to it
+            (`Driver.measured`); nothing is gathered. Without it, no unit has a value.
     """
 
     name: str
@@ -189,6 +191,7 @@ class Signal:
     static: bool = False
     activations: bool = False
     from_start: bool = False
+    supplied: bool = False
 
 
 def compute_signal(
@@ -262,6 +265,13 @@ def _momentary(
         _count(memory, value(probe, group))
 
     return Signal(name, unit, source, gather, _mean, trained_only=trained_only)
+
+
+def _supplied(name: str, unit: str, source: str) -> Signal:
+    def nothing(memory: Memory, probe: Probe, group: LayerGroup) -> None:
+        del memory, probe, group
+
+    return Signal(name, unit, source, nothing, _mean, static=True, supplied=True)
 
 
 def _relative(probe: Probe, group: LayerGroup) -> float:
@@ -671,6 +681,18 @@ SIGNALS: dict[str, Signal] = {
             _mean,
             trained_only=False,
             static=True,
+        ),
+        _supplied(
+            "probe_accuracy",
+            "validation accuracy of a linear probe of what the group puts out, of the head of what "
+            "enters it, before training",
+            "Alain & Bengio 2016, arXiv:1610.01644",
+        ),
+        _supplied(
+            "probe_behind",
+            "how far that accuracy is behind the best group's at the least (95 % interval); 0 or "
+            "less: within noise of it",
+            _OWN,
         ),
     )
 }

@@ -28,15 +28,18 @@ from frostline.compose import (
     Union,
 )
 from frostline.errors import PolicyError
+from frostline.policies.auto import Affordable, Steer
 from frostline.policies.scheduled import Gradual
 from frostline.policies.static import Freeze, Full, LinearProbe
 from frostline.policy import Event, State
-from frostline.registry import policy_class, policy_text
+from frostline.registry import available_combinators, policy_class, policy_text
 from frostline.signals import Need
 from frostline.testing import ContractBroken, check_policy, event_stream, example_groups
 
 # Further forms to check besides the plain name; a policy that needs options has only these.
 SPECS = {
+    "auto": ["auto", "auto:time=0.5,patience=1", "auto:memory=0.3,tolerance=0.1"],
+    "probe-depth": ["probe-depth", "probe-depth:tolerance=0.3,fallback=0"],
     "freeze": ["freeze:select=backbone", "freeze:select=kind:norm | first 2 groups,live_norm=true"],
     "first": ["first:groups=2", "first:fraction=0.5,of=forward,live_norm=true"],
     "last": ["last:groups=2", "last:fraction=0.5,of=parameters"],
@@ -134,6 +137,10 @@ COMBINED = [
     Slanted(Discriminative(FreezeQuiet()), cut=0.3),
     Then(Slanted(Full()), EVERY("2ep"), Slanted(Gradual())),
     FreezeQuiet(),
+    Steer(FreezeQuiet(), patience=1),
+    Steer(Gradual(), metric="accuracy", mode="max", patience=1),
+    Affordable(FreezeQuiet(), time=0.6),
+    Affordable(Gradual(), memory=0.5),
 ]
 
 
@@ -147,7 +154,8 @@ def test_every_shipped_policy_is_registered() -> None:
         and kind.__module__ == info.name
         and not kind.__name__.startswith("_")
     }
-    assert shipped == {policy_class(name) for name in available_policies()}
+    kinds = (policy_class(name) for name in (*available_policies(), *available_combinators()))
+    assert shipped == {kind for kind in kinds if kind.__module__.startswith("frostline.policies.")}
 
 
 @pytest.mark.parametrize("spec", ALL)

@@ -208,6 +208,14 @@ def test_static_signals_are_read_once_and_first() -> None:
     assert gauges.seconds["spectral_snr"] > 0
 
 
+def test_supplied_signals_are_taken_as_they_are_given() -> None:
+    gauges = gauges_for(Need("probe_behind", None))
+    gauges.read_static(Numbers(0), GROUPS, {"probe_behind": {"g2": 0.5, "g0": -0.1}, "other": {}})
+    assert gauges.values == {"probe_behind": {"g0": -0.1, "g2": 0.5}}
+    gauges.read_static(Numbers(0), GROUPS)
+    assert gauges.values == {"probe_behind": {}}
+
+
 def test_each_signal_is_charged_its_own_time() -> None:
     gauges = gauges_for(Need("gradient_l1", EVERY("1st")), Need("weight_delta_l1", EVERY("3st")))
     assert gauges.seconds == {}

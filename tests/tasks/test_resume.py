@@ -116,6 +116,7 @@ def test_killed_at_random_moments(tmp_path: Path, straight: dict[str, Any], seed
         {"policy": "slimfit:every=2st", "optimizer_state": "keep"},
         {"policy": "apf:every=1st,threshold=1", "checkpoint_every": "1st"},
         {"policy": "lp-ft:probe=1ep"},
+        {"policy": "auto:patience=1", "epochs": 5},
     ],
     ids="-".join,
 )

@@ -430,7 +430,7 @@ def test_none_given_by_name_is_a_setting(tmp_path: Path, monkeypatch):
     with pytest.raises(DataError):
         frostline.fit("m", "d", patience=None)
     assert seen["config"].patience is None
-    assert seen["config"].policy == "gradual"
+    assert seen["config"].policy == "auto"
 
 
 def test_a_bad_policy_or_device_ends_before_anything_is_read(tmp_path: Path):

@@ -80,15 +80,22 @@ class RunConfig(BaseModel):
         "'package.module:callable'.",
     )
     policy: str = Field(
-        "gradual",
+        "auto",
         min_length=1,
-        description="What is frozen when: 'name:option=value'. Gradual unfreezing by default: it "
-        "spares the pretrained weights while the head is still random.",
+        description="What is frozen when: 'name:option=value'. By default read from the data "
+        "(probes of every layer) and corrected by validation as training runs.",
     )
     weights: Literal["pretrained", "random"] | Path = Field(
         "pretrained",
         description="'pretrained', 'random', or a .safetensors file. Pretrained by default: "
         "freezing random weights is of no use.",
+    )
+    head_start: Literal["random", "solved"] | None = Field(
+        None,
+        description="How the head starts: 'random', or 'solved': by logistic regression on what "
+        "the pretrained layers put out, for the price of one pass over the data, which is where "
+        "linear probing would end. By default solved under policies that look at the same data "
+        "anyway (`auto`), else random.",
     )
     output: Path | None = Field(
         None,

@@ -72,6 +72,11 @@ class RunFolder:
         return self.path / "predictions.csv"
 
     @property
+    def probes(self) -> Path:
+        """Probes of the layer groups before training, where the policy reads them."""
+        return self.path / "probes.json"
+
+    @property
     def certificate(self) -> Path:
         """The proof of freezing."""
         return self.path / "certificate.json"

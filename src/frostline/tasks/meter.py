@@ -48,15 +48,18 @@ class CostMeter:
         """The most memory that any session used."""
         return max(int(self.carried.get("peak_memory_bytes", 0)), self._peak.read())
 
-    def read(self, driver: Driver, *, measure_s: float) -> dict[str, Any]:
+    def read(
+        self, driver: Driver, *, measure_s: float, first_look_s: float = 0.0
+    ) -> dict[str, Any]:
         """All costs so far, by name; `signal_s` holds the seconds of each signal by its name.
 
         Args:
             driver: of this session; its own costs are listed by purpose.
             measure_s: seconds this session spent on measuring the layer groups.
+            first_look_s: seconds it spent on probing the data and solving the head.
         """
         session = {name: getattr(driver.costs, name) for name in _DRIVER}
-        session["measure_s"] = measure_s
+        session |= {"measure_s": measure_s, "first_look_s": first_look_s}
         summed = {name: self.carried.get(name, 0.0) + s for name, s in session.items()}
         before, now = self.carried.get("signal_s", {}), driver.costs.signal_s
         return summed | {

@@ -98,7 +98,7 @@ def fit(
     Args:
         model: what to fine-tune, e.g. "timm:resnet18".
         data: what to learn from, e.g. a folder of class folders.
-        policy: what is frozen when, e.g. "gradual:every=1ep" (the default is gradual), or a
+        policy: what is frozen when, e.g. "gradual:every=1ep" (the default is auto), or a
             `Policy` of registered classes, also a combined one.
         config: settings, or a YAML file of them; what is given here by name wins.
         fresh: start over: an earlier run in the same folder is moved aside, never overwritten.

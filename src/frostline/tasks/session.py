@@ -33,6 +33,7 @@ from frostline.policies.phases import ends_its_phase
 from frostline.policy import Decision
 from frostline.records import RunRecorder, read_run
 from frostline.tasks.config import RunConfig, dump_config
+from frostline.tasks.first_look import first_look, measured_signals, wanted
 from frostline.tasks.folder import RunFolder
 from frostline.tasks.loop import Listener, LoopState, TrainingLoop
 from frostline.tasks.meter import CostMeter
@@ -92,6 +93,7 @@ class Session:
     on_event: OnEvent
     loop: TrainingLoop = field(init=False)
     recorder: RunRecorder = field(init=False)
+    first_look_s: float = field(init=False, default=0.0)
     _interrupt: Interrupt = field(init=False, default_factory=Interrupt)
     _epochs: list[Mapping[str, Any]] = field(init=False, default_factory=list)
     _best_steps: list[int] = field(init=False, default_factory=list)  # of the kept checkpoints
@@ -133,7 +135,29 @@ class Session:
             self.recorder.header(self.prepared.about(config), costs=self.prepared.environment())
         self._epochs = list(read_run(self.folder.path).epochs)
         parts.driver.on_decision = self._decided
+        if extra is None:
+            self._look_first()
         self._announce(resumed=not first)
+
+    def _look_first(self) -> None:
+        """Probe the data and solve the head, where the policy or the settings want it."""
+        parts, task, groups = self.prepared.parts, self.prepared.task, self.prepared.groups
+        probes, solve = wanted(task.config, parts.driver.policy)
+        if not (probes or solve):
+            return
+        look = first_look(task, parts.model, groups, parts.device, probes=probes, solve=solve)
+        for note in look.notes:
+            _log.info("first look: %s", note)
+        _log.info("first look: the head is %s", look.head)
+        found: dict[str, Any] = {"head": look.head, "notes": list(look.notes), "probes": None}
+        if (curve := look.curve) is not None:
+            _log.info("first look: %s", curve.sentence())
+            _io.atomic_write_json(self.folder.probes, curve.to_json())
+            found["probes"] = curve.sentence()
+        parts.driver.measured = measured_signals(look.curve, groups)
+        self.recorder.first_look(found, costs={"first_look_s": look.seconds_s})
+        self.first_look_s = look.seconds_s
+        self.loop.state.spent_s += look.seconds_s
 
     def _announce(self, *, resumed: bool) -> None:
         step, driver = self.loop.state.step, self.prepared.parts.driver
@@ -257,7 +281,11 @@ class Session:
                 _io.discard(old)
 
     def _costs(self) -> dict[str, Any]:
-        costs = self.meter.read(self.prepared.parts.driver, measure_s=self.prepared.measure_s)
+        costs = self.meter.read(
+            self.prepared.parts.driver,
+            measure_s=self.prepared.measure_s,
+            first_look_s=self.first_look_s,
+        )
         return costs | {"training_s": self.loop.state.spent_s}
 
     # -- after training ----------------------------------------------------------------------

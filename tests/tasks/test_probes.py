@@ -18,9 +18,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from frostline.errors import DataError, TrainingError, UsageError
-from frostline.study import probes
-from frostline.study.probes import ProbeCurve, ProbePoint, probe_curve, solved_head
+from frostline.tasks import probes
 from frostline.tasks.features import Features
+from frostline.tasks.probes import ProbeCurve, ProbePoint, probe_curve, solved_head
 from shared import shared
 
 Array = NDArray[Any]

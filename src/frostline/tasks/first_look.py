@@ -1,0 +1,147 @@
+"""A look at the data before training: probes of every layer group, and the head solved.
+
+Both come from one pass of the training samples through the pretrained network (and one of the
+validation samples for the probes). The seconds it takes are charged to the run.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from frostline.errors import DataError, ModelError, TrainingError
+from frostline.groups import LayerGroups
+from frostline.policy import Policy
+from frostline.signals import SIGNALS
+from frostline.tasks.config import RunConfig
+from frostline.tasks.features import Features, collect_features
+from frostline.tasks.imports import need
+from frostline.tasks.task import Task
+
+if TYPE_CHECKING:
+    from frostline.tasks.probes import ProbeCurve
+
+__all__ = ["FirstLook", "first_look", "measured_signals", "wanted"]
+
+#: Most training samples that are looked at; with more, probes and heads hardly change any more.
+_MOST_SAMPLES = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class FirstLook:
+    """What was found before training.
+
+    Attributes:
+        curve: the probes, or None where none were wanted or possible.
+        head: what became of the head: "solved", or why it starts from random weights.
+        notes: what could not be done, and why.
+        seconds_s: wall time of all of it.
+    """
+
+    curve: ProbeCurve | None
+    head: str
+    notes: tuple[str, ...]
+    seconds_s: float
+
+
+def wanted(config: RunConfig, policy: Policy) -> tuple[bool, bool]:
+    """Whether probes are wanted, and whether the head is to be solved.
+
+    Example:
+        >>> from frostline.registry import make_policy
+        >>> wanted(RunConfig(model="m", data="d", head_start="solved"), make_policy("full"))
+        (False, True)
+    """
+    probes = any(SIGNALS[need.signal].supplied for need in policy.needs())
+    return probes, (probes if config.head_start is None else config.head_start == "solved")
+
+
+def first_look(
+    task: Task,
+    model: nn.Module,
+    groups: LayerGroups,
+    device: torch.device,
+    *,
+    probes: bool,
+    solve: bool,
+) -> FirstLook:
+    """Probe every layer group and put a solved head into the model, as far as either is wanted.
+
+    Nothing of the model but weight and bias of its head changes.
+
+    Args:
+        task: whose training (and validation) samples are looked at.
+        model: on `device`.
+        groups: its layer groups.
+        device: where the model is.
+        probes: whether every layer group is probed.
+        solve: whether the head is solved.
+
+    Raises:
+        MissingExtra: no scikit-learn.
+    """
+    start = time.perf_counter()
+    need("sklearn", extra="study")
+    from frostline.tasks import probes as probing  # noqa: PLC0415 - scikit-learn is optional
+
+    notes: list[str] = []
+    curve, head = None, "random, as asked"
+    try:
+        train = collect_features(
+            task, model, task.train, groups, device=device, limit=_MOST_SAMPLES
+        )
+    except (DataError, ModelError) as error:
+        notes.append(f"no look at the data: {error.found}")
+        return FirstLook(None, "random: no features", tuple(notes), time.perf_counter() - start)
+    notes += train.notes
+    if probes:
+        try:
+            val = collect_features(
+                task, model, task.val, groups, device=device, limit=_MOST_SAMPLES
+            )
+            curve = probing.probe_curve(train, val, seed=task.config.seed)
+        except (DataError, ModelError) as error:
+            notes.append(f"no probes: {error.found}")
+    if solve:
+        head = _solve(train, model, len(task.labels), task.config.seed)
+    return FirstLook(curve, head, tuple(notes), time.perf_counter() - start)
+
+
+def _solve(train: Features, model: nn.Module, classes: int, seed: int) -> str:
+    from frostline.tasks import probes as probing  # noqa: PLC0415 - scikit-learn is optional
+
+    try:
+        found = probing.solved_head(train, classes=classes, seed=seed)
+    except (DataError, TrainingError) as error:
+        return f"random: {error.found}"
+    if found is None:
+        return "random: it is no single linear layer"
+    tensors = dict(model.get_submodule(train.head_layer or "").named_parameters())
+    for name, values in zip(("weight", "bias"), found, strict=True):
+        if name not in tensors or tensors[name].shape != values.shape:
+            return f"random: its linear layer has no {name} for {classes} classes"
+    with torch.no_grad():
+        for name, values in zip(("weight", "bias"), found, strict=True):
+            tensors[name].copy_(torch.from_numpy(values))
+    return "solved"
+
+
+def measured_signals(curve: ProbeCurve | None, groups: LayerGroups) -> dict[str, dict[str, float]]:
+    """The probe curve as signals by layer group, for `Driver.measured`.
+
+    What enters the head is the value of the shallowest group of the head.
+    """
+    if curve is None:
+        return {}
+    points = {point.group: point for point in curve.points}
+    head = [g.name for g in groups if g.name in groups.head]
+    if curve.head_input is not None and head:
+        points[head[0]] = curve.head_input
+    return {
+        "probe_accuracy": {name: p.val_accuracy for name, p in points.items()},
+        "probe_behind": {name: p.behind[0] for name, p in points.items()},
+    }
