@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from faulty_disk import QuickDisk, use_disk
 from frostline.errors import ConfigError
+from frostline.records import read_run
 from frostline.study.search import rungs, sweep
 
 TINY: dict[str, Any] = {
@@ -122,6 +123,52 @@ def test_a_policy_that_diverges_is_last_and_not_tried_again(tmp_path: Path):
         assert found.rows[1].state == "failed"
         counts.append(tries.count("wild"))
     assert counts[0] == counts[1] >= 1
+
+
+def test_a_sweep_over_data_trains_whole_runs_on_more_and_more_samples(tmp_path: Path):
+    found = tiny(tmp_path, over="data", first=9, factor=2, epochs=2)
+    assert {row.state for row in found.rows} == {"finished", "stopped"}
+    finished = [row for row in found.rows if row.state == "finished"]
+    assert all(row.samples == 49 for row in finished)
+    assert all(row.work == 2 * (9 + 18 + 36 + 49) for row in finished)
+    assert all(row.epochs == 2 for row in found.rows)
+    for row in found.rows:
+        folder = tmp_path / "sweep" / "runs" / row.arm
+        sizes = sorted(read_run(run).header["data"]["train"]["samples"] for run in folder.iterdir())
+        assert sizes == [n for n in (9, 18, 36, 49) if n <= row.samples]
+        if row.state == "stopped":
+            assert row.samples < 49
+            assert row.work == 2 * sum(sizes)
+    share = sum(row.work for row in found.rows) / (2 * 49 * len(found.rows))
+    assert f"took {share:.0%} of the updates" in found.sentence
+    # Parts are nested, and the last run is the one that a study of the folder shows.
+    best = found.rows[0]
+    assert read_run(tmp_path / "sweep" / "runs" / best.arm / "seed-0").summary["val_accuracy"] == (
+        best.val_accuracy
+    )
+
+
+def test_a_sweep_over_data_goes_on_after_an_interrupt(tmp_path: Path):
+    given: dict[str, Any] = {"over": "data", "first": 12, "factor": 2, "epochs": 1}
+    straight = tiny(tmp_path, output=tmp_path / "straight" / "sweep", **given)
+    seen: list[str] = []
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["kind"] == "epoch" and len(seen) < 3:
+            seen.append(event["arm"])
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            tiny(tmp_path, on_event=interrupt, **given)
+    again = tiny(tmp_path, **given)
+    plain = [(r.arm, r.state, r.samples, r.val_accuracy, r.work) for r in again.rows]
+    assert plain == [(r.arm, r.state, r.samples, r.val_accuracy, r.work) for r in straight.rows]
+
+
+def test_a_sweep_over_something_else_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="neither"):
+        tiny(tmp_path, over="seeds")
 
 
 def test_trials_are_kept_where_the_caller_keeps_studies(tmp_path: Path):

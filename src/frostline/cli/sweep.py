@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -24,20 +24,28 @@ _COLUMNS = {
     "policy": "left",
     "state": "left",
     "epochs": "right",
+    "samples": "right",
     "val acc": "right",
     "time": "right",
 }
 
 
 @functools.partial(config_flags, without=("policy", "seed", "output"))
-def sweep(
+def sweep(  # noqa: PLR0913 - all by name, all with defaults
     given: Mapping[str, Any],
     *,
     policies: Annotated[
         list[str], Parameter(help="Policies to try, the cheap ones first.", consume_multiple=True)
     ],
     output: Annotated[Path, Parameter(help="Folder of the sweep.")],
-    first: Annotated[int, Parameter(help="Epochs that each policy gets.")] = 1,
+    over: Annotated[
+        Literal["epochs", "data"],
+        Parameter(help="Stop after more and more epochs of a run, or runs on more and more data."),
+    ] = "epochs",
+    first: Annotated[
+        int | None,
+        Parameter(help="What each policy gets. [default: 1 epoch, or 100 samples]"),
+    ] = None,
     factor: Annotated[int, Parameter(help="One in so many goes on past a rung.")] = 3,
     seed: Annotated[int, Parameter(help="Of all runs.")] = 0,
     storage: Annotated[
@@ -63,6 +71,7 @@ def sweep(
             settings.pop("data"),
             policies,
             output=output,
+            over=over,
             first=first,
             factor=factor,
             seed=seed,
@@ -79,6 +88,7 @@ def sweep(
             row.policy,
             row.state,
             row.epochs,
+            row.samples,
             None if row.val_accuracy is None else f"{100 * row.val_accuracy:.1f} %",
             seconds_text(row.training_s),
         )

@@ -1,8 +1,11 @@
-"""Wide sweeps: many policies, most of them stopped early, by successive halving over epochs.
+"""Wide sweeps: many policies, most of them stopped early, by successive halving.
 
 Each policy is a trial of an Optuna study that lives in the sweep's folder as SQLite, or wherever
-the caller keeps Optuna studies. A trial that is stopped is a paused run: it can be gone on with.
-What comes out ranks policies by one seed; which of the best is better is for `compare` to say.
+the caller keeps Optuna studies. Halving over epochs pauses a run at each rung, and one that is
+stopped can be gone on with. Halving over data trains anew at each rung, whole runs on more and more
+samples: it does not mistake a slow start for a bad end, but says of few samples what may not hold
+for many. What comes out ranks policies by one seed; which of the best is better is for `compare` to
+say.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import optuna
 from optuna.trial import TrialState
 
 from frostline.errors import ConfigError, TrainingError
-from frostline.records import read_run
+from frostline.records import RECORD_NAME, read_run
 from frostline.study.compare import declare
 from frostline.study.runner import (
     OnEvent,
@@ -31,12 +34,16 @@ from frostline.study.runner import (
 )
 from frostline.study.spec import StudySpec
 from frostline.tasks.config import RunConfig
+from frostline.tasks.data import read_data
 
-__all__ = ["Sweep", "SweepRow", "rungs", "sweep"]
+__all__ = ["Over", "Sweep", "SweepRow", "rungs", "sweep"]
 
 _log = logging.getLogger("frostline")
 _ARM = "arm"
 _WHY = "why"
+#: What the rungs of a sweep are made of.
+Over = Literal["epochs", "data"]
+_FIRST_SAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +53,23 @@ class SweepRow:
     Attributes:
         arm: its name.
         policy: its short form.
-        state: "finished", "stopped" (others were better after as many epochs) or "failed".
-        epochs: that it ran.
-        val_accuracy: the best so far, in [0, 1]; None if it failed before the first evaluation.
-        training_s: seconds of training.
+        state: "finished", "stopped" (others were better at its last rung) or "failed".
+        epochs: that it ran, at its last rung where each rung is a run of its own.
+        samples: training samples of its last rung.
+        val_accuracy: the best of that run so far, in [0, 1]; None if it failed before the first
+            evaluation.
+        training_s: seconds of training, over all rungs.
+        work: samples it was trained on, over all epochs and rungs.
     """
 
     arm: str
     policy: str
     state: str
     epochs: int
+    samples: int
     val_accuracy: float | None
     training_s: float
+    work: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +80,13 @@ class Sweep:
         path: its folder.
         rows: the policies, the best first: those that ran longest before those stopped earlier.
         epochs: of a whole run.
+        samples: training samples of a whole run.
     """
 
     path: Path
     rows: tuple[SweepRow, ...]
     epochs: int
+    samples: int
 
     @property
     def sentence(self) -> str:
@@ -80,22 +94,22 @@ class Sweep:
         best = self.rows[0]
         if best.val_accuracy is None:
             return "no policy could be trained"
-        run = sum(row.epochs for row in self.rows)
-        share = run / (self.epochs * len(self.rows))
+        share = sum(row.work for row in self.rows) / self.samples
+        share /= self.epochs * len(self.rows)
         others = [row.policy for row in self.rows[1:3] if row.val_accuracy is not None]
         next_ = f"; compare it with {' and '.join(others)} over several seeds" if others else ""
         return (
             f"{best.policy} was best with one seed: {100 * best.val_accuracy:.1f} % on validation "
-            f"data; {run} epochs were run, {share:.0%} of what all policies would take{next_}"
+            f"data; training took {share:.0%} of the updates of whole runs of all{next_}"
         )
 
 
-def rungs(epochs: int, *, first: int = 1, factor: int = 3) -> tuple[int, ...]:
-    """Epochs after which policies are stopped, and the last.
+def rungs(whole: int, *, first: int = 1, factor: int = 3) -> tuple[int, ...]:
+    """Epochs (or samples) after which policies are stopped, and those of a whole run.
 
     Args:
-        epochs: of a whole run, >= 1.
-        first: epochs that each policy gets, >= 1.
+        whole: epochs or samples of a whole run, >= 1.
+        first: what each policy gets, >= 1.
         factor: of those that reach a rung, one in so many goes on; >= 2.
 
     Raises:
@@ -105,26 +119,27 @@ def rungs(epochs: int, *, first: int = 1, factor: int = 3) -> tuple[int, ...]:
         >>> rungs(10), rungs(10, first=2, factor=2), rungs(1)
         ((1, 3, 9, 10), (2, 4, 8, 10), (1,))
     """
-    if epochs < 1 or first < 1 or factor < 2:
+    if whole < 1 or first < 1 or factor < 2:
         raise ConfigError(
-            f"halve with first={first}, factor={factor} of {epochs} epochs",
+            f"halve with first={first}, factor={factor} of {whole} in all",
             found="a number that is too small",
             fix="first=1 and factor=2 or more",
         )
     found, rung = [], first
-    while rung < epochs:
+    while rung < whole:
         found.append(rung)
         rung *= factor
-    return (*found, epochs)
+    return (*found, whole)
 
 
-def sweep(
+def sweep(  # noqa: PLR0913 - all by name, all with defaults
     model: str,
     data: str | Path,
     policies: Sequence[str] | Mapping[str, Any],
     *,
     output: str | Path,
-    first: int = 1,
+    over: Over = "epochs",
+    first: int | None = None,
     factor: int = 3,
     seed: int = 0,
     storage: str | optuna.storages.BaseStorage | None = None,
@@ -143,7 +158,9 @@ def sweep(
         data: what to learn from.
         policies: as `compare` takes them.
         output: the sweep's folder.
-        first: epochs that each policy gets, >= 1.
+        over: what rungs are made of: "epochs" of one run, or "data": runs on nested parts of the
+            training samples (`train_samples`), the classes in their proportions.
+        first: epochs or samples that each policy gets, >= 1; by default 1 epoch or 100 samples.
         factor: of those that reach a rung, one in so many goes on; >= 2.
         seed: of all runs.
         storage: where Optuna keeps the trials; by default ``trials.db`` in the folder.
@@ -161,15 +178,21 @@ def sweep(
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     given = {"model": model, "data": str(data)} | settings
+    if over not in get_args(Over):
+        raise ConfigError(f"halve over {over!r}", found="neither 'epochs' nor 'data'")
     spec = declare(given, policies, seeds=[seed])
-    epochs = RunConfig(**spec.settings).epochs
-    steps = rungs(epochs, first=first, factor=factor)
+    config = RunConfig(**spec.settings)
+    samples = len(read_data(config).targets("train"))
+    first = first if first is not None else 1 if over == "epochs" else _FIRST_SAMPLES
+    steps = rungs(config.epochs if over == "epochs" else samples, first=first, factor=factor)
+    climb = _climb_epochs if over == "epochs" else _climb_data
+    suffix = "" if over == "epochs" else "-data"
     path = Path(output)
     with open_study(path, spec) as (folder, whole), _quiet():
         kept = storage or f"sqlite:///{(path / 'trials.db').resolve()}"
         trials = optuna.create_study(
             storage=kept,
-            study_name=f"{path.resolve().name}-{first}-{factor}",
+            study_name=f"{path.resolve().name}-{first}-{factor}{suffix}",
             direction="maximize",
             load_if_exists=True,
             pruner=optuna.pruners.SuccessiveHalvingPruner(
@@ -180,9 +203,24 @@ def sweep(
         while trials.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             trial = trials.ask()
             key = TrialKey(trial.user_attrs[_ARM], seed)
-            state = _climb(folder, whole, key, steps, trial, isolate=isolate, tell=on_event)
-            trials.tell(trial, _score(folder, key) if state is TrialState.COMPLETE else None, state)
-        return Sweep(path, _rows(trials, folder, whole, seed), epochs)
+            say = _saying(whole, key, on_event)
+            state = climb(folder, whole, key, steps, trial, isolate=isolate, say=say)
+            score = _score(folder.run(key)) if state is TrialState.COMPLETE else None
+            trials.tell(trial, score, state)
+        rows = _rows(trials, folder, whole, seed)
+        return Sweep(path, rows, config.epochs, samples)
+
+
+def _saying(spec: StudySpec, key: TrialKey, tell: OnEvent | None) -> OnEvent:
+    """What passes the events of a run on, with its place in the sweep."""
+    place = [arm.name for arm in spec.arms].index(key.arm)
+    where = {"arm": key.arm, "seed": key.seed, "place": place + 1, "of": len(spec.arms)}
+
+    def say(event: dict[str, Any]) -> None:
+        if tell is not None:
+            tell(event | where)
+
+    return say
 
 
 def _enqueue(trials: optuna.Study, arms: Sequence[str]) -> None:
@@ -198,7 +236,7 @@ def _enqueue(trials: optuna.Study, arms: Sequence[str]) -> None:
             trials.enqueue_trial({}, user_attrs={_ARM: arm})
 
 
-def _climb(
+def _climb_epochs(
     folder: StudyFolder,
     spec: StudySpec,
     key: TrialKey,
@@ -206,27 +244,16 @@ def _climb(
     trial: optuna.Trial,
     *,
     isolate: bool,
-    tell: OnEvent | None,
+    say: OnEvent,
 ) -> TrialState:
-    """One policy from rung to rung, until it is stopped or done."""
-    place = [arm.name for arm in spec.arms].index(key.arm)
-
-    def say(event: dict[str, Any]) -> None:
-        if tell is not None:
-            where = {"arm": key.arm, "seed": key.seed, "place": place + 1, "of": len(spec.arms)}
-            tell(event | where)
-
+    """One run from pause to pause, until it is stopped or done."""
     settings = run_settings(spec, spec[key.arm], key.seed, folder.run(key))
     for step in steps:
         last = step == steps[-1]
-        try:
-            run_once(settings | {"pause_after": None if last else step}, say, isolate=isolate)
-        except TrainingError as error:
-            _log.warning("%s: %s", key.arm, error)
-            note_failure(folder, key, str(error))
-            trial.set_user_attr(_WHY, str(error))
+        paused = settings | {"pause_after": None if last else step}
+        if not _trained(folder, key, paused, trial, isolate=isolate, say=say):
             return TrialState.FAIL
-        trial.report(_score(folder, key), step)
+        trial.report(_score(folder.run(key)), step)
         if last or read_run(folder.run(key)).finished:  # patience may end it before
             return TrialState.COMPLETE
         if trial.should_prune():
@@ -234,9 +261,60 @@ def _climb(
     raise AssertionError("the last rung ends the run")
 
 
-def _score(folder: StudyFolder, key: TrialKey) -> float:
+def _climb_data(
+    folder: StudyFolder,
+    spec: StudySpec,
+    key: TrialKey,
+    steps: Sequence[int],
+    trial: optuna.Trial,
+    *,
+    isolate: bool,
+    say: OnEvent,
+) -> TrialState:
+    """A run for each part of the data, until one is not good enough or was of all data."""
+    for step in steps:
+        last = step == steps[-1]
+        place = folder.run(key) if last else _part(folder, key, step)
+        settings = run_settings(spec, spec[key.arm], key.seed, place)
+        settings |= {} if last else {"train_samples": step}
+        if not _trained(folder, key, settings, trial, isolate=isolate, say=say):
+            return TrialState.FAIL
+        trial.report(_score(place), step)
+        if last:
+            return TrialState.COMPLETE
+        if trial.should_prune():
+            return TrialState.PRUNED
+    raise AssertionError("the last rung is all data")
+
+
+def _part(folder: StudyFolder, key: TrialKey, samples: int) -> Path:
+    """Where the run on a part of the data is."""
+    return folder.run(key).with_name(f"seed-{key.seed}-samples-{samples}")
+
+
+def _trained(
+    folder: StudyFolder,
+    key: TrialKey,
+    settings: dict[str, Any],
+    trial: optuna.Trial,
+    *,
+    isolate: bool,
+    say: OnEvent,
+) -> bool:
+    """Run, or go on with a run; whether it got through. The trial keeps why not."""
+    try:
+        run_once(settings, say, isolate=isolate)
+    except TrainingError as error:
+        _log.warning("%s: %s", key.arm, error)
+        note_failure(folder, key, str(error))
+        trial.set_user_attr(_WHY, str(error))
+        return False
+    return True
+
+
+def _score(run: Path) -> float:
     """The best validation accuracy so far."""
-    lines = read_run(folder.run(key)).epochs
+    lines = read_run(run).epochs
     return max(float(line["metrics"]["val_accuracy"]) for line in lines)
 
 
@@ -251,22 +329,33 @@ def _rows(
     names = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped"}
     rows = []
     for arm in spec.arms:
-        key = TrialKey(arm.name, seed)
-        lines = read_run(folder.run(key)).epochs
+        records = [read_run(run) for run in _runs(folder, TrialKey(arm.name, seed))]
+        lines = records[-1].epochs
+        ends = [record.epochs[-1] for record in records if record.epochs]
+        sizes = [int(record.header["data"]["train"]["samples"]) for record in records]
         rows.append(
             SweepRow(
                 arm=arm.name,
                 policy=arm.policy,
                 state=names.get(states[arm.name], "failed"),
                 epochs=len(lines),
-                val_accuracy=_score(folder, key) if lines else None,
-                training_s=float(lines[-1]["costs"]["training_s"]) if lines else 0.0,
+                samples=sizes[-1],
+                val_accuracy=_score(records[-1].path) if lines else None,
+                training_s=sum(float(line["costs"]["training_s"]) for line in ends),
+                work=sum(n * len(r.epochs) for n, r in zip(sizes, records, strict=True)),
             )
         )
     order = {"finished": 0, "stopped": 1, "failed": 2}
-    rows.sort(key=lambda r: (order[r.state], -r.epochs * (r.state == "stopped"),
+    rows.sort(key=lambda r: (order[r.state], -r.epochs * r.samples * (r.state == "stopped"),
                              -(r.val_accuracy or 0.0)))  # fmt: skip
     return tuple(rows)
+
+
+def _runs(folder: StudyFolder, key: TrialKey) -> list[Path]:
+    """The runs of an arm that have begun, the largest part of the data last."""
+    parts = folder.run(key).parent.glob(f"seed-{key.seed}-samples-*")
+    found = sorted(parts, key=lambda path: int(path.name.rpartition("-")[2]))
+    return [run for run in (*found, folder.run(key)) if (run / RECORD_NAME).is_file()]
 
 
 @contextlib.contextmanager
