@@ -39,6 +39,7 @@ def compare(
         "full",
         "linear-probe",
         "gradual",
+        "auto",
     ],
     seeds: Annotated[str, Parameter(help="How many seeds, from 0 (3); or which (4,5,6).")] = "3",
     controls: Annotated[

@@ -48,7 +48,7 @@ class Study:
 def compare(
     model: str,
     data: str | Path,
-    policies: Sequence[str] | Mapping[str, Any] = ("full", "linear-probe", "gradual"),
+    policies: Sequence[str] | Mapping[str, Any] = ("full", "linear-probe", "gradual", "auto"),
     *,
     seeds: int | Sequence[int] = 3,
     controls: Sequence[str] = (),
