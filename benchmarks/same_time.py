@@ -60,8 +60,8 @@ def table(log: Mapping[str, Any]) -> str:
         "# A policy compared with itself\n",
         (
             f"{log['title']}, torch {log['torch']}, {log['processor']}. Seconds of training of arm "
-            "b over those of arm a, the same policy with the same seeds in mirrored order, geometric "
-            "mean and 95 % interval; as they were, and charged as if alone.\n"
+            "b over those of arm a, the same policy with the same seeds in mirrored order, "
+            "geometric mean and 95 % interval; as they were, and charged as if alone.\n"
         ),
         "| policy | seeds, epochs | as they were | as if alone | within 1.00 ± 0.02 | load |",
         "|---|---|---|---|---|---|",

@@ -459,6 +459,31 @@ def test_the_penalty_of_a_head_is_chosen_on_held_out_samples() -> None:
     assert np.abs(weak).max() > 0.5
 
 
+def test_features_that_vary_by_rounding_alone_get_no_weight() -> None:
+    """A dead unit of 1e-30 standardised would get a weight of 1e30, and gradients overflow."""
+    rng = np.random.default_rng(3)
+    labels = np.arange(60) % 3
+    living = (np.eye(3)[labels] + 0.5 * rng.standard_normal((60, 3))).astype(np.float32)
+    dead = np.stack(
+        [
+            1e-30 * rng.standard_normal(60),
+            np.full(60, 7.0),
+            5 + np.float32(2e-7) * rng.standard_normal(60),
+        ],
+        axis=1,
+    ).astype(np.float32)
+    both = np.concatenate([living, dead], axis=1)
+    found = solved_head(Features((), {}, both, labels, 0.0, head_layer="fc"))
+    alone = solved_head(Features((), {}, living, labels, 0.0, head_layer="fc"))
+    assert found is not None
+    assert alone is not None
+    assert not found[0][:, 3:].any()
+    np.testing.assert_allclose(found[0][:, :3], alone[0], rtol=1e-3, atol=1e-4)
+    whole = Features(("a", "b"), {"a": both, "b": living}, None, labels, 0.0)
+    first, second = probe_curve(whole, whole).points
+    assert first.val_loss == pytest.approx(second.val_loss, rel=1e-6)
+
+
 def test_no_head_to_solve() -> None:
     whole = features(30, 1, 1.0, head=1.0)
     assert solved_head(replace(whole, head_layer=None)) is None

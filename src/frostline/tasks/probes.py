@@ -51,6 +51,8 @@ Interval = tuple[float, float]
 #: Penalties that are tried, per training sample.
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 _TEMPERATURES = (1e-2, 1e3)
+#: Features that vary by less, as a share of their size and of how others vary, are constant.
+_ROUNDING = 1e-6
 #: Inverse penalties of the logistic regression, from strong to weak.
 _INVERSE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _SOLVER_ITERATIONS = 2000
@@ -313,7 +315,7 @@ def _read(
 ) -> _Reading:
     """Fit a probe to x (N, D) and ask it about `new` (M, D)."""
     start = time.perf_counter()
-    scaler = StandardScaler().fit(x.astype(np.float64))
+    scaler = _scaler(x)
     known, asked = _standardised(scaler, x), _standardised(scaler, new)
     # A class without training samples scores -1 throughout.
     targets = np.where(train.labels[:, None] == np.arange(classes), 1.0, -1.0)
@@ -336,7 +338,19 @@ def _read(
     )
 
 
-def _standardised(scaler: StandardScaler, x: NDArray[np.float32]) -> Floats:
+def _scaler(x: NDArray[np.float32]) -> Any:
+    """A fitted scaler that gives 0 for features that do not vary but for rounding.
+
+    Standardised like the others they would be noise of unit size, and the weight that a solved head
+    puts on them would blow up the gradient.
+    """
+    scaler: Any = StandardScaler().fit(x.astype(np.float64))
+    size = np.maximum(np.abs(scaler.mean_), scaler.scale_.max())
+    scaler.scale_[scaler.scale_ <= _ROUNDING * size] = np.inf
+    return scaler
+
+
+def _standardised(scaler: Any, x: NDArray[np.float32]) -> Floats:
     return np.asarray(scaler.transform(x.astype(np.float64)))
 
 
@@ -510,7 +524,7 @@ def solved_head(
         raise DataError(
             asked, found=f"class {int(y.max())} for {count} outputs", fix="classes of the task"
         )
-    scaler: Any = StandardScaler().fit(x.astype(np.float64))
+    scaler = _scaler(x)
     known = _standardised(scaler, x)
     regression = _fitted(known, y, _inverse_strength(known, y, seed))
     weight, bias = regression.coef_, regression.intercept_
