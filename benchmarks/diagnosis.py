@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from evidence_report import RESULTS
+from bench import RESULTS
 
 import frostline
 from frostline import _io

@@ -20,8 +20,9 @@ from frostline.plan import FreezePlan
 from frostline.policy import Decision
 from frostline.records import RunRecord
 from frostline.registry import make_policy
-from frostline.study import diagnosis as module
-from frostline.study.diagnosis import Diagnosis, Finding, diagnose
+from frostline.study.diagnosis import Diagnosis, Evidence, Finding, diagnose
+from frostline.study.diagnosis.actions import change_rate
+from frostline.study.diagnosis.case import Case, difference
 from frostline.study.learning_curve import LearningCurve, _point
 from frostline.study.run_facts import MEASURES, RunFacts, read_facts
 from frostline.tasks.config import load_config, resolve_config
@@ -202,8 +203,8 @@ def test_a_loss_that_never_moves_is_a_rate_too_low():
     assert action.settings == {"lr": 0.001, "head_lr": 0.01}
     # Left to follow the backbone's, the head's rate needs no saying.
     short = {k: v for k, v in record().header.items() if k != "asked"} | {"asked": {}}
-    case = module._Case((read_facts(replace(record(lr=1e-6), header=short)),), (), None, None)
-    assert module._change_rate(case, lower=False)[0].settings.keys() == {"lr"}
+    case = Case((read_facts(replace(record(lr=1e-6), header=short)),), (), None, None)
+    assert change_rate(case, lower=False)[0].settings.keys() == {"lr"}
 
 
 def test_a_loss_that_falls_to_the_end_was_stopped_too_early():
@@ -549,7 +550,7 @@ def test_the_more_the_loss_rises_the_more_it_speaks_of_overfitting(rises: list[f
 def test_evidence_is_mirrored_by_its_words():
     for weight, words in ((1.3, "strongly for"), (-0.7, "clearly against"), (0.2, "weakly for"),
                           (0.1, "neutral")):  # fmt: skip
-        assert module.Evidence("curves", "", {}, weight).strength == words
+        assert Evidence("curves", "", {}, weight).strength == words
 
 
 def test_runs_of_several_strategies_are_refused():
@@ -624,7 +625,7 @@ def test_the_error_of_a_difference_holds_the_truth():
     for _ in range(runs):
         right = random.binomial(200, (0.7, 0.75)) / 200
         one, two = (read_facts(record(train=[0.5], accuracy=[a])) for a in right)
-        gain, error = module._difference([two], [one])
+        gain, error = difference([two], [one])
         held += abs(gain - 0.05) < 1.96 * error
     assert held / runs > 0.93
 

@@ -295,6 +295,28 @@ def test_the_crossing_of_straight_lines_is_found(slope: float, at: float):
     assert found == pytest.approx(at, rel=1e-6)
 
 
+@given(st.lists(st.tuples(st.floats(-0.3, 0.3), st.booleans()), min_size=1, max_size=6))
+def test_a_change_is_told_only_where_all_means_agree_with_it(points: list[tuple[float, bool]]):
+    means = {50 * 2**i: mean for i, (mean, _) in enumerate(points)}
+    names = {50 * 2**i: ("ab"[mean > 0] if sure else "") for i, (mean, sure) in enumerate(points)}
+    shown = module._shown_change(names)
+    change, between, at = module._change(module._crossings(means), shown)
+    if between is None:
+        assert at is None
+        assert change in ("unclear", "never changes")
+        signs = {m > 0 for m in means.values() if m}
+        assert (change == "never changes") == (len(signs) < 2)
+        return
+    low, high = between
+    before = {mean > 0 for size, mean in means.items() if mean and size <= low}
+    after = {mean > 0 for size, mean in means.items() if mean and size >= high}
+    assert len(before) == len(after) == 1
+    assert before != after
+    assert at is not None
+    assert low <= at <= high
+    assert (change == "changes") == (shown is not None)
+
+
 @given(st.dictionaries(st.integers(2, 5000), st.none() | st.floats(1e-6, 1.0), min_size=1))
 def test_what_is_shown_follows_holm(p_values: dict[int, float | None]):
     found = module._holm(p_values, 0.95)

@@ -50,6 +50,8 @@ SIZES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 Metric = Literal["val", "test"]
 #: How the order of two policies depends on the size.
 Change = Literal["changes", "changes by the means", "never changes", "unclear"]
+#: The sizes around it, and the size interpolated.
+_Crossing = tuple[tuple[int, int], float]
 _FORMAT = 1
 _NAME_LENGTH = 80
 
@@ -91,7 +93,7 @@ class Order:
             sizes holds together, at the level of the curve (Holm).
         change: "changes": each is shown ahead at some size, the one below and the other above;
             "changes by the means": once, but not shown on both sides; "never changes"; "unclear":
-            the means change sides more than once.
+            the means change sides more than once, and not within what one change was shown.
         between: the sizes between which the order changes, or None where it does not.
         at: samples at which the means cross, interpolated on a logarithmic scale, or None.
         sentence: all of it for people.
@@ -533,18 +535,7 @@ def _order(first: str, second: str, differences: Mapping[int, Paired], level: fl
         size: (first if mean > 0 else second) if size in shown else ""
         for size, mean in means.items()
     }
-    crossings = _crossings(means)
-    between = _shown_change(ahead)
-    change: Change = "changes"
-    if between is None:
-        if len(crossings) == 1:
-            between, change = crossings[0][0], "changes by the means"
-        else:
-            change = "unclear" if crossings else "never changes"
-    at = None
-    if between is not None:
-        inside = [x for (a, b), x in crossings if between[0] <= a and b <= between[1]]
-        at = math.exp(sum(map(math.log, inside)) / len(inside)) if inside else None
+    change, between, at = _change(_crossings(means), _shown_change(ahead))
     order = Order(
         first=first,
         second=second,
@@ -556,6 +547,25 @@ def _order(first: str, second: str, differences: Mapping[int, Paired], level: fl
         sentence="",
     )
     return replace(order, sentence=f"{_verdict(order)}; {_ground(order)}.")
+
+
+def _change(
+    crossings: Sequence[_Crossing], shown: tuple[int, int] | None
+) -> tuple[Change, tuple[int, int] | None, float | None]:
+    """How the order changes, between which sizes, and where the means cross.
+
+    Args:
+        crossings: of the means.
+        shown: sizes around the one change that is shown, or None.
+    """
+    between = shown or (crossings[0][0] if len(crossings) == 1 else None)
+    if between is None:
+        return ("unclear" if crossings else "never changes"), None, None
+    inside = [x for (a, b), x in crossings if between[0] <= a and b <= between[1]]
+    if len(inside) < len(crossings):  # beyond what is shown the means change sides again
+        return "unclear", None, None
+    at = math.exp(sum(map(math.log, inside)) / len(inside))
+    return ("changes" if shown else "changes by the means"), between, at
 
 
 def _holm(p_values: Mapping[int, float | None], level: float) -> set[int]:
@@ -574,7 +584,7 @@ def _holm(p_values: Mapping[int, float | None], level: float) -> set[int]:
     return shown
 
 
-def _crossings(means: Mapping[int, float]) -> list[tuple[tuple[int, int], float]]:
+def _crossings(means: Mapping[int, float]) -> list[_Crossing]:
     """Where the means change sides: the sizes around it, and the size interpolated.
 
     Example:
@@ -594,7 +604,7 @@ def _shown_change(ahead: Mapping[int, str]) -> tuple[int, int] | None:
     """The sizes around the one change among those that are shown, or None."""
     shown = [(size, name) for size, name in ahead.items() if name]
     changes = [(a, b) for (a, one), (b, two) in pairwise(shown) if one != two]
-    return changes[0] if changes else None
+    return changes[0] if len(changes) == 1 else None
 
 
 def _verdict(order: Order) -> str:
