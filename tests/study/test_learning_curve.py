@@ -298,7 +298,9 @@ def test_the_crossing_of_straight_lines_is_found(slope: float, at: float):
 @given(st.lists(st.tuples(st.floats(-0.3, 0.3), st.booleans()), min_size=1, max_size=6))
 def test_a_change_is_told_only_where_all_means_agree_with_it(points: list[tuple[float, bool]]):
     means = {50 * 2**i: mean for i, (mean, _) in enumerate(points)}
-    names = {50 * 2**i: ("ab"[mean > 0] if sure else "") for i, (mean, sure) in enumerate(points)}
+    names = {
+        50 * 2**i: "ab"[mean > 0] if mean and sure else "" for i, (mean, sure) in enumerate(points)
+    }
     shown = module._shown_change(names)
     change, between, at = module._change(module._crossings(means), shown)
     if between is None:

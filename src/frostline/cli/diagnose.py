@@ -7,20 +7,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from frostline.cli.terminal import console, escape, print_json
-from frostline.errors import DataError, UsageError
+from frostline.errors import UsageError
+from frostline.records import RECORD_NAME
 
 if TYPE_CHECKING:
     from frostline.study.diagnosis import Diagnosis, Evidence, Finding
+    from frostline.study.diagnosis.probing import ProbeCurve
 
 __all__ = ["diagnose"]
 
 _List = Parameter(consume_multiple=True, negative="")
-_RECORD = "record.jsonl"
 
 
 def diagnose(
@@ -37,7 +38,15 @@ def diagnose(
         _List,
     ] = None,
     probe: Annotated[
-        Path | None, Parameter(help="File of a probe of the pretrained network (JSON).")
+        bool,
+        Parameter(
+            negative="",
+            help="Probe the pretrained network first, layer by layer: about an epoch of forward "
+            "passes.",
+        ),
+    ] = False,
+    probe_file: Annotated[
+        Path | None, Parameter(help="Read the probe from this file instead (probe.json).")
     ] = None,
     curve: Annotated[
         Path | None, Parameter(help="Folder of a study that drew a learning curve.")
@@ -45,49 +54,62 @@ def diagnose(
     considered: Annotated[
         bool, Parameter(negative="", help="Show also what was considered and not found.")
     ] = False,
+    save: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Keep it as diagnosis.json beside each run's record, and a new probe as "
+            "probe.json beside the first.",
+        ),
+    ] = False,
     json: Annotated[bool, Parameter(negative="", help="Print JSON.")] = False,
 ) -> None:
     """Say what limits a run: findings with their evidence, what is missing, and what to do next."""
-    from frostline.study.diagnosis import diagnose as diagnose_runs
-    from frostline.study.learning_curve import read_curve
-
     if not runs:
         raise UsageError("diagnose a run", found="no run", fix="frostline diagnose RUN")
+    if probe and probe_file is not None:
+        raise UsageError(
+            "probe the network", found="--probe and --probe-file", fix="one of the two"
+        )
+    from frostline.study.diagnosis import diagnose as diagnose_runs
+    from frostline.study.diagnosis import save_diagnosis
+    from frostline.study.learning_curve import read_curve
+
+    folders = _expanded(runs)
+    probed = _probed(folders[0], probe_file) if probe or probe_file is not None else None
     found = diagnose_runs(
-        _expanded(runs),
+        folders,
         reference=_expanded(reference or ()),
-        probe=None if probe is None else _probe(probe),
+        probe=probed,
         curve=None if curve is None else read_curve(curve),
     )
+    kept = save_diagnosis(found, probe=probed if probe else None) if save else ()
     if json:
         print_json(found.to_json())
         return
     _print(found, considered=considered)
+    for path in kept:
+        _say(f"kept: {path}")
 
 
 def _expanded(folders: Sequence[Path]) -> list[Path]:
     """Run folders; a folder of a study's policy stands for the runs of its seeds."""
     found: list[Path] = []
     for folder in folders:
-        seeds = sorted(record.parent for record in folder.glob(f"seed-*/{_RECORD}"))
-        found += seeds if seeds and not (folder / _RECORD).exists() else [folder]
+        seeds = sorted(record.parent for record in folder.glob(f"seed-*/{RECORD_NAME}"))
+        found += seeds if seeds and not (folder / RECORD_NAME).exists() else [folder]
     return found
 
 
-def _probe(path: Path) -> Any:
-    """A probe curve from its file.
+def _probed(run: Path, file: Path | None) -> ProbeCurve:
+    """The probe in a file, or else of this run's network, which takes a while."""
+    from frostline.study.diagnosis.probing import probe_run, read_probe
 
-    Raises:
-        DataError: no such file, or not one of these.
-    """
-    from frostline import _io
-    from frostline.study.probes import ProbeCurve
-
-    if not path.is_file():
-        raise DataError(
-            f"read the probe {path}", found="no such file", fix="a file of ProbeCurve.to_json"
-        )
-    return ProbeCurve.from_json(_io.load_json(path))
+    if file is not None:
+        return read_probe(file)
+    text = f"probing the pretrained network of {run}, layer by layer"
+    console(sys.stderr).print(escape(text), soft_wrap=True)
+    return probe_run(run)
 
 
 def _print(found: Diagnosis, *, considered: bool) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "learning_curve",
     "read_curve",
     "resolve_sizes",
+    "run_curve",
 ]
 
 #: Shares of the training data where no sizes are given.
@@ -305,6 +306,33 @@ def learning_curve(
             curve = learning_curve("timm:resnet18", "photos/", ["full", "linear-probe"], epochs=5)
             print(curve.sentence())
     """
+    folder = run_curve(
+        model,
+        data,
+        policies,
+        sizes=sizes,
+        seeds=seeds,
+        output=output,
+        isolate=isolate,
+        on_event=on_event,
+        **settings,
+    )
+    return read_curve(folder)
+
+
+def run_curve(
+    model: str,
+    data: str | Path,
+    policies: Sequence[str] | Mapping[str, Any] = ("full", "linear-probe"),
+    *,
+    sizes: Sequence[int | float] = SIZES,
+    seeds: int | Sequence[int] = 3,
+    output: str | Path | None = None,
+    isolate: bool = True,
+    on_event: OnEvent | None = None,
+    **settings: Any,
+) -> Path:
+    """The runs of `learning_curve`, which see; the study's folder, for `read_curve`."""
     shared = {"model": model, "data": str(data), "patience": None} | settings
     if "train_samples" in shared:
         raise ConfigError(
@@ -317,7 +345,7 @@ def learning_curve(
     path = Path(output) if output is not None else _folder(spec)
     with open_study(path, spec) as (folder, whole):
         run_study(folder, whole, isolate=isolate, on_event=on_event)
-    return read_curve(path)
+    return path
 
 
 def resolve_sizes(sizes: Sequence[int | float], *, total: int, classes: int) -> tuple[int, ...]:

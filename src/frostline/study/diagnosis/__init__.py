@@ -16,7 +16,7 @@ absence of one for little.
 
 from __future__ import annotations
 
-from frostline.study.diagnosis.diagnosing import diagnose
+from frostline.study.diagnosis.diagnosing import diagnose, save_diagnosis
 from frostline.study.diagnosis.findings import (
     Action,
     Diagnosis,
@@ -27,4 +27,14 @@ from frostline.study.diagnosis.findings import (
     Source,
 )
 
-__all__ = ["Action", "Diagnosis", "Evidence", "Finding", "Gain", "Kind", "Source", "diagnose"]
+__all__ = [
+    "Action",
+    "Diagnosis",
+    "Evidence",
+    "Finding",
+    "Gain",
+    "Kind",
+    "Source",
+    "diagnose",
+    "save_diagnosis",
+]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frostline import _io
 from frostline.errors import UsageError, few
 from frostline.records import RunRecord, read_run
 from frostline.study.diagnosis.case import Case, references_of
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
     from frostline.study.diagnosis.probing import ProbeCurve
     from frostline.study.learning_curve import LearningCurve
 
-__all__ = ["Runs", "diagnose"]
+__all__ = ["DIAGNOSIS_NAME", "PROBE_NAME", "diagnose", "save_diagnosis"]
+
+#: What is kept beside a record.
+DIAGNOSIS_NAME = "diagnosis.json"
+PROBE_NAME = "probe.json"
 
 Runs = Run | RunRecord | str | Path | Sequence[Run | RunRecord | str | Path]
 
@@ -76,6 +81,29 @@ def diagnose(
         considered=rest,
         notes=case.notes,
     )
+
+
+def save_diagnosis(found: Diagnosis, *, probe: ProbeCurve | None = None) -> tuple[Path, ...]:
+    """Keep a diagnosis as ``diagnosis.json`` beside the record of each of its runs.
+
+    What was there before is replaced. Nothing of the run itself is touched.
+
+    Args:
+        found: the diagnosis.
+        probe: to be kept, too, as ``probe.json`` beside the record of the first run.
+
+    Returns:
+        The files written.
+
+    Raises:
+        StorageError: a file cannot be written; what was there before is intact.
+    """
+    values = {Path(run) / DIAGNOSIS_NAME: found.to_json() for run in found.runs}
+    if probe is not None:
+        values[Path(found.runs[0]) / PROBE_NAME] = probe.to_json()
+    for path, value in values.items():
+        _io.atomic_write_json(path, value)
+    return tuple(values)
 
 
 def _records(runs: Runs) -> tuple[RunRecord, ...]:
