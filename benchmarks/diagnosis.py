@@ -10,8 +10,8 @@ with ResNet-20 of CIFAR-10 on handwritten and spoken digits as pictures.
     python benchmarks/diagnosis.py --real --seeds 1            # adds to the log; minutes
     python benchmarks/diagnosis.py --report                    # the page again from the log
 
-Writes `results/diagnosis.json` and `results/diagnosis.md`. `--real` needs `data` and `models` of
-the shared folder beside the checkout.
+Writes `results/diagnosis.json`, `results/diagnosis.md` and the figures in `docs/diagnosis.md`.
+`--real` needs `data` and `models` of the shared folder beside the checkout.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from faulty_disk import QuickDisk
 from planted_task import Source, data_folder, pretrained
 
 PATH = RESULTS / "diagnosis.json"
+GUIDE = RESULTS.parents[1] / "docs" / "diagnosis.md"
 BASE: Mapping[str, Any] = {
     "model": "planted_task:model", "epochs": 12, "batch_size": 32, "lr": 3e-3, "head_lr": 3e-2,
     "patience": None, "threads": 1, "device": "cpu", "cache": "off", "checkpoint_every": None,
@@ -284,13 +285,7 @@ NOTHING = "nothing wrong"
 def page(log: Mapping[str, Any]) -> str:
     """The tables in Markdown."""
     rows: Sequence[Row] = log["rows"]
-    parts = {
-        "Cases that the weights of evidence were set by, other seeds": [
-            r for r in rows if not r["held_out"]
-        ],
-        "Cases added afterwards": [r for r in rows if r["held_out"] and not r["real"]],
-        "Real networks and data": [r for r in rows if r["real"]],
-    }
+    parts = _parts(rows)
     lines = [
         "# How often the diagnosis is right",
         "",
@@ -299,9 +294,7 @@ def page(log: Mapping[str, Any]) -> str:
         f"the first cases. All runs took {log['seconds'] / 60:.0f} minutes on a busy machine",
         f"({log['processor']}).",
         "",
-        "| | diagnoses | right first | by the record alone | with more |",
-        "|---|---|---|---|---|",
-        *(_summary(title, of) for title, of in parts.items() if of),
+        *_summary(parts),
         "",
         "Right first: the weightiest finding is the planted fault, or nothing is found in a",
         "healthy run. Where too much is frozen, `wrong layer depth` is right, too.",
@@ -311,15 +304,42 @@ def page(log: Mapping[str, Any]) -> str:
         *_confusion(rows),
     ]
     for title, of in parts.items():
-        lines += _part(title, of) if of else []
+        lines += _part(title, of)
     return "\n".join(lines) + "\n"
 
 
-def _summary(title: str, of: Sequence[Row]) -> str:
-    alone = [_right(r) for r in of if r["beside"] == ALONE]
-    more = [_right(r) for r in of if r["beside"] != ALONE]
-    whole = _share(alone + more)
-    return f"| {title} | {len(of)} | {whole} | {_share(alone)} | {_share(more)} |"
+def _parts(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by how far the weights of evidence knew them."""
+    parts = {
+        "Cases that the weights of evidence were set by, other seeds": [
+            r for r in rows if not r["held_out"]
+        ],
+        "Cases added afterwards": [r for r in rows if r["held_out"] and not r["real"]],
+        "A real network, digits as pictures": [r for r in rows if r["real"]],
+    }
+    return {title: of for title, of in parts.items() if of}
+
+
+def _summary(parts: Mapping[str, Sequence[Row]]) -> list[str]:
+    lines = [
+        "| | diagnoses | right first | by the record alone | with more |",
+        "|---|---|---|---|---|",
+    ]
+    for title, of in parts.items():
+        alone = [_right(r) for r in of if r["beside"] == ALONE]
+        more = [_right(r) for r in of if r["beside"] != ALONE]
+        whole = _share(alone + more)
+        lines.append(f"| {title} | {len(of)} | {whole} | {_share(alone)} | {_share(more)} |")
+    return lines
+
+
+def put_figures(log: Mapping[str, Any]) -> None:
+    """The summary into the page of the documentation."""
+    first, last = "<!-- figures -->", "<!-- /figures -->"
+    before, _, rest = GUIDE.read_text("utf-8").partition(first)
+    after = rest.partition(last)[2]
+    lines = "\n".join(_summary(_parts(log["rows"])))
+    GUIDE.write_text(f"{before}{first}\n{lines}\n{last}{after}", "utf-8")
 
 
 def _confusion(rows: Sequence[Row]) -> list[str]:
@@ -424,6 +444,8 @@ def main() -> None:
             options.out.write_text(json.dumps(merged(before, now), indent=1) + "\n", "utf-8")
     log = json.loads(options.out.read_text("utf-8"))
     options.out.with_suffix(".md").write_text(page(log), "utf-8")
+    if options.out == PATH:
+        put_figures(log)
 
 
 def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

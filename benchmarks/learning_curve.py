@@ -6,6 +6,7 @@ makes as many updates as one on all 800 pictures. Runs are kept in the study's f
 command goes on where it was stopped.
 
     python benchmarks/learning_curve.py [--pair caltech20-resnet20] [--folder FOLDER] [--seeds 3]
+    python benchmarks/learning_curve.py --read         # what is done so far; nothing is run
     python benchmarks/learning_curve.py --report       # the page again from the log
 
 Writes `results/learning_curve.json` and `results/learning_curve.md`. Needs `data` and `models` of
@@ -34,22 +35,23 @@ TITLES: Mapping[str, str] = {"val": "validation", "test": "test"}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run what is missing, and read all of it."""
+    """Run what is missing, unless told not to, and read all of it."""
     folder: Path = options.folder
     pair = pairs(folder.parent)[options.pair]
     settings = {"threads": 1, "device": "cpu", "cache_dir": str(folder.parent / "stores")}
     settings |= {"checkpoint_every": None, **pair.settings}
-    run_curve(
-        pair.model,
-        pair.data,
-        POLICIES,
-        sizes=SIZES,
-        seeds=options.seeds,
-        output=folder,
-        isolate=False,
-        on_event=told,
-        **settings,
-    )
+    if not options.read:
+        run_curve(
+            pair.model,
+            pair.data,
+            POLICIES,
+            sizes=SIZES,
+            seeds=options.seeds,
+            output=folder,
+            isolate=False,
+            on_event=told,
+            **settings,
+        )
     return {
         "title": pair.title,
         "processor": processor(),
@@ -128,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pair", default="caltech20-resnet20")
     parser.add_argument("--folder", type=Path, default=place / "study", help="of the runs")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--read", action="store_true", help="no runs: what is done in the folder")
     parser.add_argument("--report", action="store_true", help="no runs: the page from the log")
     parser.add_argument("--out", type=Path, default=PATH)
     options = parser.parse_args(arguments)

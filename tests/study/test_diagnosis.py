@@ -23,6 +23,7 @@ from frostline.registry import make_policy
 from frostline.study.diagnosis import Diagnosis, Evidence, Finding, diagnose
 from frostline.study.diagnosis.actions import change_rate
 from frostline.study.diagnosis.case import Case, difference
+from frostline.study.diagnosis.probing import probe_run
 from frostline.study.learning_curve import LearningCurve, _point
 from frostline.study.run_facts import MEASURES, RunFacts, read_facts
 from frostline.tasks.config import load_config, resolve_config
@@ -562,6 +563,19 @@ def test_runs_of_several_strategies_are_refused():
         diagnose([])
 
 
+def test_settings_of_another_version_are_left_aside_or_refused():
+    def changed(name: str, **change: Any) -> RunRecord:
+        run = record(name)
+        return replace(run, header={**run.header, "config": {**run.header["config"], **change}})
+
+    newer = changed("newer", not_here_yet="x")
+    assert diagnose(newer).to_json()["findings"] == diagnose(record()).to_json()["findings"]
+    found = diagnose(newer, reference=record("other", policy="linear-probe", frozen=BODY))
+    assert "more than one respect (not_here_yet, policy)" in found.notes[0]
+    with pytest.raises(DataError, match="schedule"):
+        diagnose(changed("odd", schedule="sawtooth"))
+
+
 def test_balanced_weights_make_no_gap():
     facts = read_facts(overfit(class_weights="balanced"))
     assert MEASURES["gap"].of(facts) is None
@@ -673,6 +687,12 @@ def test_linear_probing_on_features_of_another_task_is_too_much_frozen(planted: 
     expected = after.summary["val_accuracy"] - before.summary["val_accuracy"]
     assert sure.findings[0].gain.accuracy == pytest.approx(expected)
     assert kinds(diagnose(after))[0] != "too much frozen"
+    probe = probe_run(before.path)
+    assert [point.group for point in probe.points] == list(read_facts(before.record).backbone)
+    assert (probe.train_samples, probe.val_samples) == (160, 200)
+    probed = diagnose(before, probe=probe).findings[0]
+    assert probed.kind in ("too much frozen", "wrong layer depth")
+    assert probed.strength == "strong"
 
 
 @pytest.mark.slow

@@ -172,6 +172,28 @@ def test_the_same_call_runs_nothing_again_and_a_smaller_size_is_added(done, tmp_
     assert less["linear-probe"] == more["linear-probe"]
 
 
+def test_a_curve_that_was_stopped_goes_on_to_the_same_end(done, tmp_path: Path):
+    def stop(event: dict[str, Any]) -> None:
+        if event["place"] == 3 and event["kind"] == "step":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drawn(tmp_path / "study", on_event=stop)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("summary.json")}
+    assert len(before) == 2
+    assert drawn(tmp_path / "study") == done[1]
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_sizes_share_what_frozen_layers_put_out_for_validation(tmp_path: Path):
+    stores = {"cache": "on", "cache_dir": str(tmp_path / "stores"), "augment": "none"}
+    drawn(tmp_path / "study", policies=["linear-probe"], seeds=1, **stores)
+    caches = {arm: r.summary["cache"] for (arm, _), r in runs_of(tmp_path / "study").items()}
+    assert caches["linear-probe@12"]["found_rows"] == 0
+    assert caches["linear-probe@49"]["found_rows"] == 12
+    assert caches["linear-probe@49"]["filled_rows"] == 49  # a part is another data set
+
+
 def test_a_run_that_fails_is_noted_and_left_out(done, tmp_path: Path):
     path = Path(shutil.copytree(done[0], tmp_path / "study"))
     key = TrialKey("full@12", 1)

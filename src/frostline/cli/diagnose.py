@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -120,6 +121,8 @@ def _print(found: Diagnosis, *, considered: bool) -> None:
     for finding in found.findings:
         _say("")
         _show(finding)
+        if finding.action is not None and finding.action.settings:
+            _say(f"  to try it          {_command(found.runs[0], finding.action.settings)}")
     for finding in found.considered if considered else ():
         _say("")
         _show(finding)
@@ -142,6 +145,24 @@ def _show(finding: Finding) -> None:
     if finding.made and finding.action is not None and finding.gain is not None:
         _say(f"  next               {finding.action.text}")
         _say(f"  expected           {finding.gain.sentence()}")
+
+
+def _command(run: str, settings: Mapping[str, Any]) -> str:
+    """What runs the same with other settings.
+
+    Example:
+        >>> _command("runs/a", {"policy": "first:groups=2", "patience": None, "live_norm": False})
+        'frostline fit --config runs/a/config.yaml --policy first:groups=2 --patience null --no-live-norm --output NEW'
+    """  # noqa: E501
+    flags: list[str] = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", "null" if value is None else str(value)]
+    config = str(Path(run) / "config.yaml")
+    return shlex.join(["frostline", "fit", "--config", config, *flags, "--output", "NEW"])
 
 
 def _side(evidence: Evidence, finding: Finding) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from frostline import _io
 from frostline.clock import Progress
@@ -160,7 +161,7 @@ def read_facts(record: RunRecord) -> RunFacts:
         record: of a run, finished or not. Why it failed is read from what a study noted beside it.
 
     Raises:
-        DataError: it has no finished epoch, and no reason for that.
+        DataError: it has no finished epoch, and no reason for that; or settings of another version.
     """
     failure = record.path.with_name(f"{record.path.name}.failed.json")
     why = str(_io.load_json(failure)["why"]) if failure.is_file() else ""
@@ -177,7 +178,7 @@ def read_facts(record: RunRecord) -> RunFacts:
     )
     return RunFacts(
         path=record.path,
-        config=RunConfig(**record.header["config"]),
+        config=_settings(record),
         header=record.header,
         summary=record.summary,
         train=tuple(_capped(loss / chance) for loss in train),
@@ -196,6 +197,20 @@ def differing_settings(one: RunFacts, other: RunFacts) -> frozenset[str]:
     mine, theirs = one.header["config"], other.header["config"]
     names = (mine.keys() | theirs.keys()) - _IRRELEVANT
     return frozenset(name for name in names if mine.get(name) != theirs.get(name))
+
+
+def _settings(record: RunRecord) -> RunConfig:
+    """Settings as far as this version knows them; of another's, `differing_settings` tells."""
+    given = record.header["config"]
+    try:
+        return RunConfig(**{k: v for k, v in given.items() if k in RunConfig.model_fields})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise DataError(
+            f"read the settings of {record.path}",
+            found=f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}",
+            fix="use the version that wrote the record",
+        ) from None
 
 
 def _chance_loss(header: Mapping[str, Any]) -> float:

@@ -63,7 +63,8 @@ class Pieces:
         """The lead of another policy on the learning curve, at about this many samples."""
         if (found := curve_lead(self.case, freer=freer)) is not None:
             policy, lead, error = found
-            says = f"{policy} is {signed(lead)} ahead at about this many samples"
+            side = "ahead" if lead >= 0 else "behind"
+            says = f"{policy} is {100 * abs(lead):.1f} points {side} at about this many samples"
             weight = measured_weight(lead, error, 2.5)
             self.add("learning curve", says, weight, lead=lead, error=error)
 

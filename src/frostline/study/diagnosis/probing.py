@@ -9,7 +9,7 @@ from frostline.backends.torch.grouping import layer_groups
 from frostline.errors import DataError
 from frostline.records import RunRecord, read_run
 from frostline.study.probes import ProbeCurve, ProbePoint, probe_curve
-from frostline.tasks.config import RunConfig
+from frostline.tasks.config import load_config
 from frostline.tasks.features import collect_features
 from frostline.tasks.resources import borrowed_process, pick_device
 from frostline.tasks.task import Task, load_task
@@ -27,6 +27,7 @@ def probe_run(run: RunRecord | str | Path) -> ProbeCurve:
         run: its record or folder; it need not be finished.
 
     Raises:
+        ConfigError: settings that this version does not have.
         DataError: no record there, the data cannot be read, or is not what the run learned from.
         ModelError: the model or its weights cannot be had, or cannot be probed.
         DamagedFile: the record cannot be read.
@@ -37,7 +38,7 @@ def probe_run(run: RunRecord | str | Path) -> ProbeCurve:
             found = diagnose("runs/resnet18-full-001", probe=probe_run("runs/resnet18-full-001"))
     """
     record = run if isinstance(run, RunRecord) else read_run(run)
-    config = RunConfig(**record.header["config"])
+    config = load_config(None, record.header["config"])
     device = pick_device(config.device)
     with borrowed_process(config.threads):
         task = load_task(config)
