@@ -76,12 +76,15 @@ def page(log: Mapping[str, Any]) -> str:
     first = curves["val"]
     sizes = [point.size for point in next(iter(first.points.values()))]
     seeds = {seed for points in first.points.values() for p in points for seed in p.scores}
+    absent = sum(len(p.absent) for points in first.points.values() for p in points)
+    runs = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     lines = [
         "# When does freezing stop helping?",
         "",
-        f"Made by `python benchmarks/learning_curve.py`: {log['title']}, {len(seeds)} seeds,",
+        f"Made by `python benchmarks/learning_curve.py`: {log['title']}, {runs},",
         f"{log['epochs']} epochs of {sizes[-1]} samples and as many updates on fewer;",
         f"{log['processor']}. Means over seeds, with {100 * first.level:g} % intervals of them.",
+        *([f"{absent} runs are not done: means are over fewer seeds there."] if absent else []),
     ]
     for metric, curve in curves.items():
         lines += [
@@ -94,7 +97,7 @@ def page(log: Mapping[str, Any]) -> str:
             "",
             *(f"- {order.sentence}" for order in curve.orders()),
             *(f"- {doubling(name, curve)}" for name in curve.policies),
-            *(f"- {note}" for note in curve.notes),
+            *(f"- {note}" for note in curve.notes if not note.endswith("not finished")),
         ]
     return "\n".join(lines) + "\n"
 
