@@ -458,7 +458,8 @@ losses = st.lists(st.floats(0.0, 3.0) | st.just(math.nan), min_size=1, max_size=
 def records(draw: st.DrawFn) -> RunRecord:
     train = draw(losses)
     size = len(train)
-    val = draw(st.lists(st.floats(0.0, 3.0), min_size=size, max_size=size))
+    shares = st.floats(0.0, 3.0).map(lambda share: round(share, 4))
+    val = draw(st.lists(shares, min_size=size, max_size=size))
     accuracy = draw(st.lists(st.floats(0.0, 1.0), min_size=size, max_size=size))
     count = draw(st.integers(0, 3))
     policy = {0: "full", 3: "linear-probe"}.get(count, f"first:groups={count}")

@@ -337,7 +337,7 @@ def test_a_change_is_told_only_where_all_means_agree_with_it(points: list[tuple[
     assert len(before) == len(after) == 1
     assert before != after
     assert at is not None
-    assert low <= at <= high
+    assert low * (1 - 1e-9) <= at <= high * (1 + 1e-9)
     assert (change == "changes") == (shown is not None)
 
 

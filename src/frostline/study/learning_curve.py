@@ -624,7 +624,7 @@ def _crossings(means: Mapping[int, float]) -> list[_Crossing]:
     return [
         ((a, b), math.exp(math.log(a) + math.log(b / a) * p / (p - q)))
         for (a, p), (b, q) in pairwise(some)
-        if p * q < 0
+        if (p < 0) != (q < 0)
     ]
 
 

@@ -321,7 +321,7 @@ def _high(f: RunFacts) -> float | None:
 
 def _recovered(f: RunFacts) -> float | None:
     high = _high(f)
-    if not high or f.factors[-1] > 0.3:
+    if high is None or high < 1e-6 or f.factors[-1] > 0.3:  # a share of nothing says nothing
         return None
     return 1 - statistics.fmean(f.val[f.last]) / high
 
