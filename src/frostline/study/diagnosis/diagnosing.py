@@ -47,7 +47,7 @@ def diagnose(
         reference: runs to hold it against, of any strategies: a short full fine-tuning, say. They
             may differ from it in the policy (and be shorter), in the learning rates, or in
             length; others are left aside with a note.
-        probe: of the pretrained network on this data, from `frostline.study.probes.probe_curve`.
+        probe: of the pretrained network on this data, from `probe_run` of `.probing`.
         curve: from `frostline.study.learning_curve.learning_curve`, on this data.
 
     Raises:
