@@ -27,18 +27,24 @@ if TYPE_CHECKING:
     from frostline.frontier.cache import FrontierCache
     from frostline.study.choose import Choice, choose
     from frostline.study.compare import Study, compare
+    from frostline.study.diagnosis import Diagnosis, diagnose
+    from frostline.study.learning_curve import LearningCurve, learning_curve
     from frostline.tasks.run import Run, fit, load
 
 _LAZY = {
     "FrontierCache": "frostline.frontier.cache",
     "Choice": "frostline.study.choose",
+    "Diagnosis": "frostline.study.diagnosis",
+    "LearningCurve": "frostline.study.learning_curve",
     "Run": "frostline.tasks.run",
     "Study": "frostline.study.compare",
     "choose": "frostline.study.choose",
     "compare": "frostline.study.compare",
+    "diagnose": "frostline.study.diagnosis",
     "fit": "frostline.tasks.run",
     "freeze": "frostline.backends.torch.freeze",
     "frozen": "frostline.backends.torch.freeze",
+    "learning_curve": "frostline.study.learning_curve",
     "layer_groups": "frostline.backends.torch.grouping",
     "load": "frostline.tasks.run",
     "load_checkpoint": "frostline.backends.torch.checkpoint",
@@ -53,6 +59,7 @@ __all__ = [
     "Certificate",
     "Choice",
     "Decision",
+    "Diagnosis",
     "Driver",
     "Duration",
     "Event",
@@ -62,6 +69,7 @@ __all__ = [
     "GroupCost",
     "LayerGroup",
     "LayerGroups",
+    "LearningCurve",
     "Policy",
     "Progress",
     "Run",
@@ -71,10 +79,12 @@ __all__ = [
     "available_policies",
     "choose",
     "compare",
+    "diagnose",
     "fit",
     "freeze",
     "frozen",
     "layer_groups",
+    "learning_curve",
     "load",
     "load_checkpoint",
     "make_policy",

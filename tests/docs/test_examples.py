@@ -100,14 +100,16 @@ def test_what_the_page_of_the_cache_prints_is_what_it_says(tmp_path, monkeypatch
         assert capsys.readouterr().out.splitlines() == said
 
 
-#: What the first example of the README names and a test cannot have, and what stands in for it.
+#: What the first example of a page names and a test cannot have, and what stands in for it.
 _STAND_INS = {
     '"timm:resnet18"': '"timm:test_resnet"',
     "epochs=5": "epochs=1, weights='random', image_size=32",
 }
 
 
-def test_the_five_lines_of_the_readme_run(tmp_path, monkeypatch):
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder with pictures, to be in."""
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     for number, name in enumerate(("cat", "dog")):
@@ -115,13 +117,36 @@ def test_the_five_lines_of_the_readme_run(tmp_path, monkeypatch):
         for i in range(8):
             pixels = random.integers(100 * number, 100 * number + 99, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.jpg")
-    code = _blocks(ROOT / "README.md", "python")[0]
-    for written, stand_in in _STAND_INS.items():
+
+
+def _run_first(page: str, stand_ins: dict[str, str]) -> dict:
+    """What the first example of a page leaves."""
+    code = _blocks(ROOT / page, "python")[0]
+    for written, stand_in in stand_ins.items():
         assert written in code
         code = code.replace(written, stand_in)
     names: dict = {}
     exec(code, names)  # noqa: S102  our own page
+    return names
+
+
+def test_the_five_lines_of_the_readme_run(photos):
+    names = _run_first("README.md", _STAND_INS)
     assert names["run"].path == Path("runs/test_resnet-gradual-001")
+
+
+def test_the_example_of_a_diagnosis_runs(photos):
+    short = {"epochs=2": "epochs=1, weights='random', image_size=32"}
+    found = _run_first("docs/diagnosis.md", _STAND_INS | short)["found"]
+    assert found.runs == ("runs/test_resnet-linear-probe-001",)
+    pieces = [e for f in (*found.findings, *found.considered) for e in f.evidence]
+    assert "reference" in {e.source for e in pieces}
+
+
+def test_the_example_of_a_learning_curve_runs(photos):
+    names = _run_first("docs/learning_curve.md", _STAND_INS | {"seeds=3": "seeds=1, isolate=False"})
+    assert [point.size for point in names["curve"]["full"]] == [6, 12]
+    assert Path("studies/photos-test_resnet-curve").is_dir()
 
 
 def test_the_pieces_of_the_readme_run():

@@ -28,7 +28,8 @@ class _Command:
 
     @property
     def function(self) -> str:
-        return "list_" if self.name == "list" else self.name  # `list` has a meaning already
+        name = self.name.replace("-", "_")
+        return "list_" if name == "list" else name  # `list` has a meaning already
 
 
 _COMMANDS = (
@@ -75,6 +76,23 @@ _COMMANDS = (
         "sweep",
         "Try many policies with one seed; most are stopped early.",
         ("frostline sweep timm:resnet18 photos/ --policies linear-probe full --output sweeps/1",),
+    ),
+    _Command(
+        "learning-curve",
+        "Accuracy by number of training samples: when does freezing stop helping?",
+        (
+            "frostline learning-curve timm:resnet18 photos/ --policies full linear-probe",
+            "frostline learning-curve timm:resnet18 photos/ --sizes 100 400 100% --seeds 5",
+        ),
+    ),
+    _Command(
+        "diagnose",
+        "Say what limits a run, from what evidence, and what to do next.",
+        (
+            "frostline diagnose RUN",
+            "frostline diagnose RUN --reference OTHER THIRD --probe --save",
+            "frostline diagnose studies/photos-resnet18/runs/full --curve studies/photos-curve",
+        ),
     ),
     _Command(
         "predict",
@@ -148,7 +166,7 @@ _cache = _group("cache", "What is stored of frozen regions.", _CACHE_COMMANDS)
 for _parent, _module, _commands in ((app, "", _COMMANDS), (_cache, "cache", _CACHE_COMMANDS)):
     for _command in _commands:
         _parent.command(
-            f"frostline.cli.{_module or _command.name}:{_command.function}",
+            f"frostline.cli.{_module or _command.function}:{_command.function}",
             name=_command.name,
             help=_command.about,
             help_epilogue=_examples(_command.examples),

@@ -20,7 +20,7 @@ from frostline.cli.results import seconds_text
 from frostline.cli.terminal import console, escape
 from frostline.errors import ConfigError
 
-__all__ = ["compare", "follow_runs", "required"]
+__all__ = ["compare", "follow_runs", "required", "seeds_of"]
 
 _List = Parameter(consume_multiple=True, negative="")
 
@@ -83,7 +83,7 @@ def compare(
             settings.pop("model"),
             settings.pop("data"),
             policies,
-            seeds=_seeds(seeds),
+            seeds=seeds_of(seeds),
             controls=controls or (),
             reference=reference,
             margin=margin,
@@ -107,7 +107,16 @@ def required(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _seeds(text: str) -> int | list[int]:
+def seeds_of(text: str) -> int | list[int]:
+    """How many seeds, or which.
+
+    Raises:
+        ConfigError: neither.
+
+    Example:
+        >>> seeds_of("3"), seeds_of("4,5")
+        (3, [4, 5])
+    """
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
