@@ -139,22 +139,22 @@ class RunRecord:
     Attributes:
         path: the run's folder.
         header: configuration, data, model, versions.
-        first_look: what was found on the data before training; empty where nothing was looked at.
         epochs: one mapping per epoch: epoch, step, metrics, costs.
         decisions: every change of plan.
         certificate: the proof of freezing in short, or None before the end.
         summary: results and costs of a finished run, else empty.
         torn: whether the last line was cut off in the middle (the run was killed).
+        first_look: what was found on the data before training; empty where nothing was looked at.
     """
 
     path: Path
     header: Mapping[str, Any]
-    first_look: Mapping[str, Any]
     epochs: tuple[Mapping[str, Any], ...]
     decisions: tuple[Decision, ...]
     certificate: Mapping[str, Any] | None
     summary: Mapping[str, Any]
     torn: bool
+    first_look: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -187,12 +187,12 @@ def read_run(path: str | Path) -> RunRecord:
     return RunRecord(
         path=file.parent,
         header=header,
-        first_look=next(iter(kinds.get("first_look", ())), {}),
         epochs=tuple(kinds.get("epoch", ())),
         decisions=tuple(Decision.from_json(d) for d in kinds.get("decision", ())),
         certificate=next(iter(kinds.get("certificate", ())), None),
         summary=end[-1]["results"] | end[-1]["costs"] if end else {},
         torn=bool(lines.tail),
+        first_look=next(iter(kinds.get("first_look", ())), {}),
     )
 
 
