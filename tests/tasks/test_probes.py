@@ -459,6 +459,18 @@ def test_the_penalty_of_a_head_is_chosen_on_held_out_samples() -> None:
     assert np.abs(weak).max() > 0.5
 
 
+def test_a_head_to_fine_tune_from_is_as_good_and_less_sure_of_itself() -> None:
+    x, y = gaussians(150, apart=1.5, classes=3, seed=4)
+    known = Features((), {}, x, y, 0.0, head_layer="fc")
+    best, gentle = solved_head(known), solved_head(known, errors=1.0)
+    assert best is not None
+    assert gentle is not None
+    assert np.linalg.norm(gentle[0]) < 0.8 * np.linalg.norm(best[0])
+    new, labels = gaussians(600, apart=1.5, classes=3, seed=5)
+    right = [((new @ w.T + b).argmax(1) == labels).mean() for w, b in (best, gentle)]
+    assert right[1] >= right[0] - 0.05
+
+
 def test_features_that_vary_by_rounding_alone_get_no_weight() -> None:
     """A dead unit of 1e-30 standardised would get a weight of 1e30, and gradients overflow."""
     rng = np.random.default_rng(3)
