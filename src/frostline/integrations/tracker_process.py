@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from frostline.integrations.trackers import About, Status, Tracker, open_tracker
 
-__all__ = ["main"]
+__all__ = ["main", "serve"]
 
 
 def main() -> int:
@@ -29,11 +29,18 @@ def main() -> int:
         lines = (json.loads(line) for line in sys.stdin)
         first = next(lines, None)
         if first is not None:
-            _serve(first, lines, answers)
+            serve(first, lines, answers)
     return 0
 
 
-def _serve(first: dict[str, Any], lines: Iterator[dict[str, Any]], answers: TextIO) -> None:
+def serve(first: dict[str, Any], lines: Iterator[dict[str, Any]], answers: TextIO) -> None:
+    """Open trackers, pass on what comes, close them.
+
+    Args:
+        first: the run and its trackers.
+        lines: numbers, texts, and the status at the end; without one the run is unfinished.
+        answers: receives a line of JSON for each tracker that failed.
+    """
     about = About(Path(first["folder"]), first["name"], first["settings"], first["step"])
     trackers: dict[str, Tracker] = {}
     for name in first["trackers"]:

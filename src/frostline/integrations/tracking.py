@@ -8,7 +8,6 @@ Either is said once in the log.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -39,6 +38,7 @@ __all__ = ["DriverLog", "Tracking", "open_tracking", "track"]
 
 _log = logging.getLogger("frostline")
 
+_COMMAND = (sys.executable, "-m", "frostline.integrations.tracker_process")
 _QUEUE = 20_000
 #: How long the end of a run waits for trackers to write what they have.
 _CLOSE_S = 60.0
@@ -243,8 +243,8 @@ class _Here:
             self._log(line)
         except Exception as error:  # noqa: BLE001  whatever it is, training goes on
             self.failed = True
-            name = type(self.tracker).__name__
-            _say_failed(name, f"{type(error).__name__}: {error}")
+            found = " ".join(f"{type(error).__name__}: {error}".split())
+            _say_failed(type(self.tracker).__name__, found)
 
     def close(self, status: Status) -> None:
         """It is its owner's to close."""
@@ -289,8 +289,8 @@ def _started(about: About, names: Sequence[str]) -> subprocess.Popen[str]:
     try:
         about.folder.mkdir(parents=True, exist_ok=True)
         with (about.folder / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "frostline.integrations.tracker_process"],
+            process = subprocess.Popen(  # noqa: S603  our own module
+                _COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -316,6 +316,7 @@ class _Apart:
     _lines: queue.Queue[Mapping[str, Any] | None] = field(init=False)
     _threads: list[threading.Thread] = field(init=False)
     _dropped: bool = field(init=False, default=False)
+    _gone: bool = field(init=False, default=False)  # or it will be, for it was told to
 
     def __post_init__(self) -> None:
         self._lines = queue.Queue(_QUEUE)
@@ -327,6 +328,8 @@ class _Apart:
             thread.start()
 
     def tell(self, line: Mapping[str, Any]) -> None:
+        if self._gone:
+            return
         try:
             self._lines.put_nowait(line)
         except queue.Full:
@@ -335,8 +338,9 @@ class _Apart:
                 _log.warning("trackers do not keep up: some of what they are told is left out")
 
     def close(self, status: Status) -> None:
+        self._gone = True
         for line in ({"status": status}, None):
-            with contextlib.suppress(queue.Full):
+            with suppress(queue.Full):
                 self._lines.put(line, timeout=1.0)
         try:
             self.process.wait(_CLOSE_S)
@@ -350,7 +354,7 @@ class _Apart:
     def _feed(self) -> None:
         given = cast("Any", self.process.stdin)
         # The process may have ended: what it was not told, it was not told.
-        with contextlib.suppress(OSError, ValueError), given:
+        with suppress(OSError, ValueError), given:
             while (line := self._lines.get()) is not None:
                 given.write(json.dumps(finite_json(line)) + "\n")
                 if self._lines.empty():
@@ -358,12 +362,16 @@ class _Apart:
 
     def _listen(self) -> None:
         answers = cast("Any", self.process.stdout)
-        with contextlib.suppress(OSError, ValueError), answers:
+        with suppress(OSError, ValueError), answers:
             for answer in answers:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
+                with suppress(ValueError, KeyError, TypeError):
                     told = json.loads(answer)
                     _say_failed(told["tracker"], told["found"])
+        code = self.process.wait()
+        if not self._gone:
+            self._gone = True
+            _say_failed("whoever was tracking", f"their process ended by itself, code {code}")
 
 
 def _say_failed(name: str, found: str) -> None:
-    _log.warning("%s is not told any more, the run goes on: %s", name, found)
+    _log.warning("%s is told nothing more, the run goes on: %s", name, found)
