@@ -202,13 +202,31 @@ def track(
         MissingExtra: the package of one is not installed.
 
     Example:
-        With objects of your own, or by name, here with a stand-in for one::
+        By name, or with objects of your own::
 
             with frostline.track(driver, ["tensorboard"], folder="runs/mine") as log:
                 for x, y in batches:
                     with driver.step():
                         ...
                     log.log({"loss": float(loss)})
+
+        Whatever has `log` may be one, here a stand-in that prints:
+
+        >>> from frostline.backends.numpy import Momentum, NumpyBackend, NumpyNet
+        >>> from frostline.registry import make_policy
+        >>> class Printer:
+        ...     def log(self, values, step):
+        ...         print(step, {k: v for k, v in values.items() if k in ("frozen/groups", "loss")})
+        >>> net = NumpyNet((4, 8, 2))
+        >>> backend = NumpyBackend(net, Momentum(net, lr=0.1))
+        >>> driver = Driver(make_policy("linear-probe"), backend, total_steps=1)
+        >>> with track(driver, [Printer()]) as log:
+        ...     with driver.step():
+        ...         pass
+        ...     log.log({"loss": 0.5})
+        0 {'frozen/groups': 1.0}
+        0 {}
+        1 {'loss': 0.5}
     """
     tracking = open_tracking(
         trackers, folder, name=name, settings=settings, step=driver.progress.step

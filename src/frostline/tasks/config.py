@@ -51,7 +51,7 @@ def _duration(text: str) -> str:
 
 def _names(value: Any) -> Any:
     if isinstance(value, str):
-        value = [name.strip() for name in value.split(",") if name.strip()]
+        value = [] if value == "none" else [n.strip() for n in value.split(",") if n.strip()]
     return list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else value
 
 
