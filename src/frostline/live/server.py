@@ -92,7 +92,7 @@ def _listen(port: int) -> Any:
             fix="pip install 'frostline[live]'",
         ) from error
     try:
-        server = create_server(_not_yet, host=HOST, port=port, **_LIMITS)
+        server: Any = create_server(_not_yet, host=HOST, port=port, **_LIMITS)
     except OSError as error:
         raise StorageError(
             f"listen on port {port} of {HOST}",
