@@ -1,8 +1,8 @@
 """The page around the page: asks for news, shows a new version without losing the place.
 
 The report is shown in a frame of its own. A new version is loaded behind the old one, scrolled to
-the same place with the same details open, and then takes its place; while text is selected in the
-old one, it waits. What the report is made of does not matter to it.
+the same place, with the same details open and the same things chosen, and then takes its place;
+while text is selected in the old one, it waits. What the report is made of does not matter to it.
 """
 
 from __future__ import annotations
@@ -49,20 +49,29 @@ function say(state) {
 }
 
 function place(frame) {
-  const view = frame.contentWindow, details = frame.contentDocument.querySelectorAll("details");
-  return { x: view.scrollX, y: view.scrollY, open: Array.from(details, (d) => d.open) };
+  const view = frame.contentWindow, all = (what) => frame.contentDocument.querySelectorAll(what);
+  return { x: view.scrollX, y: view.scrollY, open: Array.from(all("details"), (d) => d.open),
+           chosen: Array.from(all("select"), (s) => s.value) };
+}
+
+function choose(select, value) {
+  if (select.value === value || !Array.from(select.options, (o) => o.value).includes(value)) return;
+  select.value = value;
+  for (const kind of ["input", "change"]) select.dispatchEvent(new Event(kind, { bubbles: true }));
 }
 
 function restore(frame, kept) {
   const details = frame.contentDocument.querySelectorAll("details");
+  const selects = frame.contentDocument.querySelectorAll("select");
+  if (selects.length === kept.chosen.length) selects.forEach((s, i) => choose(s, kept.chosen[i]));
   if (details.length === kept.open.length) details.forEach((d, i) => { d.open = kept.open[i]; });
-  frame.contentWindow.scrollTo(kept.x, kept.y);
+  frame.contentWindow.scrollTo({ left: kept.x, top: kept.y, behavior: "instant" });
 }
 
 function settle(frame, kept, tries) {
   restore(frame, kept);
   const there = Math.abs(frame.contentWindow.scrollY - kept.y) < 2;
-  if (there || tries === 0) return show(frame, kept, there);
+  if (there || tries === 0) return show(frame);
   setTimeout(() => settle(frame, kept, tries - 1), 100);  // charts may still be growing
 }
 

@@ -1,8 +1,8 @@
 """What the live page shows: the files of runs, whether they changed, and the page made of them.
 
 Asking for news costs a few `stat` calls. The page is made again only when a file changed, and not
-before it has rested for several times as long as the last one took: a page that is looked at must
-not take the processor from the training that it shows.
+before it has rested for a multiple of the processor time that the last one took: a page that is
+looked at must not take the processor from the training that it shows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _log = logging.getLogger("frostline")
 Render = Callable[[Sequence[Path]], str]
 Phase = Literal["waiting", "unfinished", "finished"]
 
-#: The page rests this many times as long as it took, and so takes a twentieth of a core at most.
+#: How many times as long as it took a page rests: it takes a twentieth of a core at most.
 _REST = 19.0
 #: A study has its runs three folders down: runs/ARM/seed-N.
 _DEEPEST = 4
@@ -81,6 +81,7 @@ class Watched:
         paths: run folders or studies. A folder without a record is waited for.
         render: makes the page; what it raises is told, and the last good page stays.
         clock: seconds, only ever growing.
+        spent: seconds of processor time.
 
     Raises:
         DataError: no such folder.
@@ -89,6 +90,7 @@ class Watched:
     paths: Sequence[Path]
     render: Render
     clock: Callable[[], float] = time.monotonic
+    spent: Callable[[], float] = time.process_time
     _page: Page | None = field(init=False, default=None)
     _tried: str = field(init=False, default="")  # version that was rendered last, well or not
     _problem: str = field(init=False, default="")
@@ -143,7 +145,7 @@ class Watched:
             yield from _records_under(path, _DEEPEST)
 
     def _make(self, version: str) -> None:
-        started = self.clock()
+        started, first = self.spent(), not self._tried  # the first one imports what it needs
         try:
             self._page = Page(version, self.render(self.paths))
             self._problem = ""
@@ -153,7 +155,7 @@ class Watched:
             self._problem = f"unexpected {type(error).__name__}: {error}"
             _log.warning("the page cannot be made: %s", self._problem)
         self._tried = version
-        self._rests_until = self.clock() + _REST * (self.clock() - started)
+        self._rests_until = self.clock() + (0.0 if first else _REST * (self.spent() - started))
 
 
 def _records_under(folder: Path, depth: int) -> Iterator[Path]:
