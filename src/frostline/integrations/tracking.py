@@ -208,7 +208,7 @@ def track(
                 for x, y in batches:
                     with driver.step():
                         ...
-                    log.log({"loss": float(loss)})
+                    log.log({"loss": loss.item()})
 
         Whatever has `log` may be one, here a stand-in that prints:
 
