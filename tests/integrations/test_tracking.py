@@ -186,13 +186,14 @@ Path("told.jsonl").write_text(sys.stdin.read())
 """
 
 
-def test_the_process_is_told_all_in_order(tmp_path, monkeypatch):
+def test_the_process_is_told_all_in_order(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     told = _apart(tmp_path, monkeypatch, ECHO)
     for step in range(1000):
         told.values({"loss": step / 7, "bad": float("inf")}, step)
     told.text("decision", "why\nnot </script>\x1b", 3)
     told.close("finished")
+    assert not caplog.records
     lines = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
     assert lines[0]["trackers"] == ["mlflow"]
     assert lines[0]["settings"] == {"nan": "NaN"}
