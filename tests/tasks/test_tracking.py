@@ -14,6 +14,7 @@ import frostline
 from faulty_disk import QuickDisk, use_disk
 from frostline.errors import ConfigError, MissingExtra
 from frostline.integrations import tracking
+from frostline.integrations.trackers import check_installed
 from frostline.records import read_run
 from frostline.tasks.config import dump_config, load_config
 from run_bits import run_bits
@@ -131,7 +132,7 @@ def test_a_process_that_dies_does_not_touch_the_run(monkeypatch, caplog):
 
 
 def test_one_that_is_not_installed_is_refused_before_anything_is_done(monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.setattr("frostline.tasks.session.check_installed", check_installed)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="frostline\\[trackers\\]"):
         _fit("run", trackers=["mlflow"])
