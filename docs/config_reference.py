@@ -34,6 +34,8 @@ def page() -> str:
 def _written(default: object) -> str:
     if default is None:
         return "null"
+    if default == ():
+        return "none"
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

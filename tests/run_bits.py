@@ -14,7 +14,9 @@ from frostline.records import without_costs
 
 #: Keys of a summary that depend on the clock or the machine.
 _CLOCK = ("wall_s", "training_s", "measure_s", "policy_s", "signals_s", "apply_s", "digest_s")
-_MACHINE = ("first_look_s", "signal_s", "peak_memory_bytes", "backward_share", "cache")
+_MACHINE = (
+    "first_look_s", "signal_s", "peak_memory_bytes", "backward_share", "cache", "savings",
+)  # fmt: skip
 
 
 def run_bits(run: Path) -> dict[str, Any]:

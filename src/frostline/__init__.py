@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from frostline.backends.torch.measure import measure_costs
     from frostline.backends.torch.optimizer import parameter_groups
     from frostline.frontier.cache import FrontierCache
+    from frostline.integrations.tracking import track
     from frostline.study.choose import Choice, choose
     from frostline.study.compare import Study, compare
     from frostline.study.diagnosis import Diagnosis, diagnose
@@ -52,6 +53,7 @@ _LAZY = {
     "parameter_groups": "frostline.backends.torch.optimizer",
     "save_checkpoint": "frostline.backends.torch.checkpoint",
     "torch_driver": "frostline.backends.torch.freeze",
+    "track": "frostline.integrations.tracking",
     "unfreeze": "frostline.backends.torch.freeze",
 }
 
@@ -93,6 +95,7 @@ __all__ = [
     "save_checkpoint",
     "select",
     "torch_driver",
+    "track",
     "unfreeze",
 ]
 

@@ -19,6 +19,7 @@ __all__ = [
     "check_measured",
     "group_reports",
     "plan_line",
+    "predicted_forward_s",
     "predicted_step_s",
     "prefix_bound",
     "trained_share",
@@ -71,6 +72,20 @@ def predicted_step_s(
     )
     update = sum(_cost(g).optimizer_s * _trained(g, plan) for g in groups)
     return forward + _backward_s(groups, plan) + update
+
+
+def predicted_forward_s(groups: LayerGroups, plan: FreezePlan, *, below: int) -> float:
+    """Seconds that the forward pass of the groups below a depth takes under a plan, as predicted.
+
+    Args:
+        groups: groups with measured costs.
+        plan: what is frozen.
+        below: groups of this depth and deeper are left out.
+
+    Raises:
+        PlanError: the groups were never measured.
+    """
+    return sum(_forward_s(g, plan) for g in groups if g.depth < below)
 
 
 def backward_share(groups: LayerGroups, plan: FreezePlan) -> float:

@@ -263,6 +263,16 @@ class Driver:
         if self.prove and (suspects := self.backend.written()):
             self._verify([name for name in suspects if name in self._held])
 
+    @property
+    def signals(self) -> Mapping[str, Mapping[str, float]]:
+        """Newest values of the policy's signals, by signal, then by group or parameter."""
+        return self._gauges.values
+
+    @property
+    def sampled(self) -> Mapping[str, int]:
+        """By signal, after how many updates its newest values were read."""
+        return self._gauges.sampled
+
     def foresee(self, updates: int) -> FreezePlan | None:
         """The plan after so many further updates, if nothing but the clock has a say until then.
 

@@ -142,3 +142,31 @@ def test_time_left_follows_the_pace_of_this_session(step, seconds, text):
     pace = progress._Pace(clock=lambda: next(now))
     pace.start(20)
     assert pace.left_text(20 + step, 30) == text
+
+
+FROZEN = {"frozen_groups": 3, "groups": 8, "frozen_share": 0.625}
+
+
+def test_what_is_frozen_and_the_time_saved_are_below_the_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    with progress.follow(stream) as on_event:
+        on_event(START | FROZEN)
+        on_event(_epoch(1, better=True) | {"costs": {"saved_predicted_s": 75.0}})
+        on_event(_epoch(2, better=False) | {"metrics": _epoch(2, better=False)["metrics"]
+                 | {"val_accuracy": 0.5}})  # fmt: skip
+        on_event(_step(6) | {"saved_predicted_s": 90.0})
+    shown = stream.getvalue()
+    assert "epoch 2: val accuracy 50.0 %  best epoch 1: val accuracy 87.5 %" in shown
+    assert "frozen 3 of 8 groups, 62.5 % of parameters  saved 1 min 30 s (predicted)" in shown
+
+
+def test_lines_say_the_time_saved_and_that_it_is_a_prediction():
+    stream = io.StringIO()
+    with progress.follow(stream) as on_event:
+        on_event(START)
+        on_event(_epoch(1, better=True) | {"costs": {"saved_predicted_s": -2.5}})
+        on_event(_epoch(2, better=True) | {"costs": {"saved_predicted_s": None}})
+    first, second = stream.getvalue().splitlines()[-2:]
+    assert first.endswith(", 2.5 s more than full fine-tuning (predicted)")
+    assert "predicted" not in second

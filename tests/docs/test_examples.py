@@ -100,6 +100,12 @@ def test_what_the_page_of_the_cache_prints_is_what_it_says(tmp_path, monkeypatch
         assert capsys.readouterr().out.splitlines() == said
 
 
+def test_the_page_of_following_a_run_runs(capsys):
+    (code,) = _blocks(ROOT / "docs/live.md", "python")
+    exec(code, {})  # noqa: S102  our own page
+    assert "loss" in capsys.readouterr().out
+
+
 #: What the first example of a page names and a test cannot have, and what stands in for it.
 _STAND_INS = {
     '"timm:resnet18"': '"timm:test_resnet"',

@@ -299,7 +299,8 @@ def test_the_summary_says_what_the_cache_did_and_cost(tmp_path: Path, stores: Pa
     costs = run.summary["cache"]
     assert costs.keys() == {
         "batches", "replayed", "found_rows", "filled_rows", "read_rows", "checked",
-        "fill_s", "find_s", "check_s", "read_s", "stored_bytes", "notes",
+        "fill_s", "computed_rows", "compute_s", "find_s", "check_s", "read_s", "stored_bytes",
+        "notes",
     }  # fmt: skip
     assert costs["batches"] == costs["replayed"] == 4 * (3 + 1)
     assert costs["read_rows"] == 4 * (TRAIN + VAL)

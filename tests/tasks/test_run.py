@@ -136,7 +136,11 @@ def test_events_tell_the_progress(finished):
     assert kinds[-1] == "end"
     assert {"start", "decision", "checkpoint"} <= set(kinds)
     step = next(event for event in events if event["kind"] == "step")
-    assert step.keys() == {"kind", "step", "total_steps", "epoch", "loss", "lr"}
+    known = {"kind", "step", "total_steps", "epoch", "loss", "lr"}
+    assert step.keys() == known | {"saved_predicted_s"}
+    start = next(event for event in events if event["kind"] == "start")
+    assert (start["frozen_groups"], start["groups"]) == (3, 4)
+    assert 0 < start["frozen_share"] < 1
     json.dumps(events)
 
 

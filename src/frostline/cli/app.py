@@ -103,6 +103,11 @@ _COMMANDS = (
         ),
     ),
     _Command(
+        "watch",
+        "Serve a page of a run that follows it while it trains, on this machine only.",
+        ("frostline watch runs/resnet18-gradual-001", "frostline watch --open"),
+    ),
+    _Command(
         "runs",
         "List the runs in a folder side by side.",
         ("frostline runs", "frostline runs runs/demo --json"),

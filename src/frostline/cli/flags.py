@@ -96,6 +96,8 @@ def _values(annotation: Any) -> str:
         return "|".join(kinds)
     if origin is Annotated:
         return _values(kinds[0])
+    if origin is tuple and kinds[-1] is Ellipsis:
+        return f"{_values(kinds[0])},..."
     if origin is tuple:
         return ",".join(map(_values, kinds))
     if kinds:
@@ -106,6 +108,8 @@ def _values(annotation: Any) -> str:
 def _written(default: object) -> str:
     if default is None:
         return "null"
+    if default == ():
+        return "none"
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

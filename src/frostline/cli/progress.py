@@ -3,23 +3,26 @@
 Both show the same lines: where the run writes, changes of plan with the policy's reason, each
 epoch. Of the changes within one epoch only the first few are shown, for some policies change their
 plan at every step; the record has them all. The bar adds what moves between them: updates, loss,
-time left.
+time left, and below it the newest metrics, what is frozen, and the time saved so far. That time is
+a prediction (`frostline.savings`), and is called one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 from frostline.cli.results import seconds_text
 from frostline.cli.terminal import console, escape
 
-__all__ = ["follow"]
+__all__ = ["follow", "saved_text"]
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -54,7 +57,7 @@ def follow(stream: TextIO, *, title: str = "", quiet: bool = False) -> Iterator[
             BarColumn(bar_width=24),
             TextColumn("{task.fields[now]}", markup=False),
         )
-        with Progress(*columns, console=out, transient=True) as bar:
+        with _Display(*columns, console=out, transient=True) as bar:
             lines = _Lines(lambda line: bar.console.print(line, soft_wrap=True))
             yield _Bar(bar, bar.add_task(escape(title), total=None, now="preparing"), lines).receive
 
@@ -80,6 +83,62 @@ class _Pace:
             return ""
         left = (self.clock() - self.started) / done * (total - step)
         return f"about {seconds_text(left)} left" if left >= 1 else "nearly done"
+
+
+class _Display(Progress):
+    """A bar with lines of text below it."""
+
+    below: tuple[str, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the lines, each cut where the terminal ends."""
+        yield from super().get_renderables()
+        for line in self.below:
+            yield Text(escape(line), no_wrap=True, overflow="ellipsis", style="dim")
+
+
+@dataclass(slots=True)
+class _State:
+    """The newest of what a run said of itself."""
+
+    metrics: str = ""
+    best: str = ""
+    frozen: str = ""
+    saved: str = ""
+
+    def receive(self, event: Mapping[str, Any]) -> None:
+        """Take in an event."""
+        if event.get("frozen_groups") is not None:
+            share = f"{100 * event['frozen_share']:.1f} % of parameters"
+            count = f"{event['frozen_groups']} of {event['groups']} groups"
+            self.frozen = f"frozen {count}, {share}"
+        if event["kind"] == "epoch":
+            accuracy = f"val accuracy {100 * event['metrics']['val_accuracy']:.1f} %"
+            self.metrics = f"epoch {event['epoch']}: {accuracy}"
+            if event["better"]:
+                self.best = self.metrics
+            event = event["costs"]
+        if event.get("saved_predicted_s") is not None:
+            self.saved = saved_text(event["saved_predicted_s"])
+
+    def lines(self) -> tuple[str, ...]:
+        """For below the bar."""
+        best = f"best {self.best}" if self.best and self.best != self.metrics else ""
+        first = "  ".join(filter(None, (self.metrics, best)))
+        second = "  ".join(filter(None, (self.frozen, self.saved)))
+        return tuple(filter(None, (first, second)))
+
+
+def saved_text(seconds: float) -> str:
+    """Time saved against full fine-tuning, a prediction, for people.
+
+    Example:
+        >>> saved_text(95), saved_text(-2)
+        ('saved 1 min 35 s (predicted)', '2.0 s more than full fine-tuning (predicted)')
+    """
+    if seconds <= -0.1:
+        return f"{seconds_text(-seconds)} more than full fine-tuning (predicted)"
+    return f"saved {seconds_text(max(0.0, seconds))} (predicted)"
 
 
 @dataclass(slots=True)
@@ -141,20 +200,25 @@ class _Lines:
             parts.append("best so far")
         if left := self.pace.left_text(event["step"], self._total):
             parts.append(left)
+        if (saved := event["costs"].get("saved_predicted_s")) is not None:
+            parts.append(saved_text(saved))
         return ", ".join(parts)
 
 
 @dataclass(slots=True)
 class _Bar:
-    """Events as a live bar, with the lines above it."""
+    """Events as a live bar, with the lines above it and the state of the run below."""
 
-    bar: Progress
+    bar: _Display
     task: TaskID
     lines: _Lines
+    state: _State = field(default_factory=_State)
 
     def receive(self, event: Mapping[str, Any]) -> None:
         """Move the bar, then say what is worth a line."""
         self.lines.receive(event)
+        self.state.receive(event)
+        self.bar.below = self.state.lines()
         match event["kind"]:
             case "start":
                 total, step = event["total_steps"], event["step"]

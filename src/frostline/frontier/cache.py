@@ -130,6 +130,8 @@ class CacheReport:
         read_rows: samples whose frontier was read from a store.
         checked: batches compared with the full forward pass.
         fill_s: seconds spent computing and writing frontiers.
+        computed_rows: samples whose frontier was computed and stored, block by block.
+        compute_s: of `fill_s`, seconds that the frozen part ran for them.
         find_s: seconds spent finding regions and digesting weights.
         check_s: seconds spent on comparisons.
         read_s: seconds spent reading.
@@ -144,6 +146,8 @@ class CacheReport:
     read_rows: int = 0
     checked: int = 0
     fill_s: float = 0.0
+    computed_rows: int = 0
+    compute_s: float = 0.0
     find_s: float = 0.0
     check_s: float = 0.0
     read_s: float = 0.0
@@ -988,7 +992,11 @@ class FrontierCache:
             return
         stride = padded(use.source.samples)
         for some in _heaps(use.source.blocks(firsts, view)):
-            filled = use.region.fill_many([moved(e, batch.real_device) for _, e in some])
+            examples = [moved(e, batch.real_device) for _, e in some]
+            start = time.perf_counter()
+            filled = use.region.fill_many(examples)
+            self.report.compute_s += time.perf_counter() - start
+            self.report.computed_rows += sum(len(next(iter(v.values()), ())) for v in filled)
             for (first, _), values in zip(some, filled, strict=True):
                 if not self._write(use, view * stride + first, values):
                     use.full = use.ragged  # rows of one length are admitted by their number

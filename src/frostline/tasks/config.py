@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from frostline.clock import Duration
 from frostline.errors import ConfigError, DurationError
+from frostline.integrations.trackers import TrackerName
 from frostline.tasks import strict_yaml
 from frostline.tasks.allowance import Budget
 
@@ -48,11 +49,18 @@ def _duration(text: str) -> str:
         raise ValueError(f"{error.found}; {error.fix}") from None
 
 
+def _names(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [] if value == "none" else [n.strip() for n in value.split(",") if n.strip()]
+    return list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else value
+
+
 Integer = Annotated[int, pydantic.BeforeValidator(_no_bool)]
 Number = Annotated[float, pydantic.BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Length = Annotated[str, pydantic.AfterValidator(_duration)]
 Limit = Annotated[str, pydantic.AfterValidator(_budget)]
 Channels = tuple[Number, Number, Number]
+Trackers = Annotated[tuple[TrackerName, ...], pydantic.BeforeValidator(_names)]
 
 
 class RunConfig(BaseModel):
@@ -350,6 +358,12 @@ class RunConfig(BaseModel):
         le=256,
         description="Processes that prepare samples, >= 0. 0 prepares them in the training "
         "process: no start-up cost; results are the same for any number.",
+    )
+    trackers: Trackers = Field(
+        (),
+        description="Who is told of metrics, frozen layers, signals and decisions while it runs: "
+        "any of tensorboard, mlflow, wandb, trackio (`tensorboard,mlflow`). They keep it in the "
+        "run's folder. One that fails does not touch the run.",
     )
 
     @pydantic.model_validator(mode="after")

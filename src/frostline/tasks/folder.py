@@ -31,6 +31,7 @@ _FREE = {
     "keep_checkpoints",
     "cache_dir",
     "cache_limit_gib",
+    "trackers",
 }
 #: How long the workers of a killed run may hold its lock until they notice.
 _ORPHANS_S = 15.0
@@ -100,6 +101,11 @@ class RunFolder:
     def best(self) -> Path:
         """Weights of the best epochs."""
         return self.path / "best"
+
+    @property
+    def trackers(self) -> Path:
+        """What trackers keep."""
+        return self.path / "trackers"
 
     @property
     def lock(self) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from frostline.errors import NonFiniteLoss
 from frostline.groups import LayerGroup, LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policies.phases import ends_its_phase
+from frostline.savings import Savings, Update
 from frostline.tasks.allowance import Allowance
 from frostline.tasks.caching import RunCache
 from frostline.tasks.config import RunConfig
@@ -138,6 +139,7 @@ class Parts:
         allowance: how much of the budget is spent.
         sample_flops: floating-point operations of one sample's training step under a plan, where
             the budget counts them.
+        savings: adds up what freezing saves, or None.
     """
 
     model: nn.Module
@@ -150,6 +152,7 @@ class Parts:
     cache: RunCache | None = None
     allowance: Allowance | None = None
     sample_flops: Callable[[FreezePlan], float] | None = None
+    savings: Savings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +266,7 @@ class TrainingLoop:
         self, indices: list[int], count: int, batches: Iterator[Batch]
     ) -> tuple[float, float]:
         """One optimizer update over `count` batches: its mean loss and total weight."""
-        parts = self.parts
+        parts, timer = self.parts, _Timer(self.parts.cache)
         weight = self._weight_of(indices)
         with parts.driver.step():
             self._open_epoch()
@@ -271,14 +274,22 @@ class TrainingLoop:
             parts.optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), dtype=torch.float64, device=parts.device)
             for _ in range(count):
-                loss += self._backward(next(batches).to(parts.device), weight)
-            if not math.isfinite(value := float(loss)):
+                with timer.waiting():
+                    batch = next(batches)
+                with timer.computing():
+                    loss += self._backward(batch.to(parts.device), weight)
+            with timer.computing():
+                value = float(loss)  # waits for a device that runs ahead
+            if not math.isfinite(value):
                 raise self._not_finite(f"a loss of {value}")
             if parts.scaler is not None:
                 parts.scaler.unscale_(parts.optimizer)
             parts.driver.sample(loss=value, overflow=self._overflown())
-            self._clip()
-            self._step()
+            with timer.computing():
+                self._clip()
+                self._step()
+        if parts.savings is not None:
+            timer.tell(parts.savings, parts.driver.plan, len(indices))
         return value, weight
 
     def _open_epoch(self) -> None:
@@ -483,6 +494,47 @@ class TrainingLoop:
             + (f"; {where}" if where else ""),
             fix="a smaller lr or head_lr, a longer warmup, a clip_norm, or precision: fp32",
         )
+
+
+class _Timer:
+    """Seconds of one update, and how the cache stood before it."""
+
+    def __init__(self, cache: RunCache | None) -> None:
+        self._report = None if cache is None else cache.frontier.report
+        self._before = self._cached()
+        self._started = time.perf_counter()
+        self._compute_s = self._wait_s = 0.0
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around forward and backward passes and the optimizer."""
+        start = time.perf_counter()
+        yield
+        self._compute_s += time.perf_counter() - start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._wait_s += time.perf_counter() - start
+
+    def tell(self, savings: Savings, plan: FreezePlan, samples: int) -> None:
+        """Count the update, now that it is over."""
+        total = time.perf_counter() - self._started
+        pairs = zip(self._cached(), self._before, strict=True)
+        replayed, rows, ran_s = (now - then for now, then in pairs)
+        whole = not replayed and not rows
+        savings.add(plan, Update(samples, total, self._compute_s, self._wait_s, whole))
+        if rows:
+            savings.filled(plan, samples=int(rows), compute_s=ran_s)
+
+    def _cached(self) -> tuple[float, float, float]:
+        """Batches served, and samples and seconds of filling, so far."""
+        report = self._report
+        if report is None:
+            return (0, 0, 0)
+        return report.replayed, report.computed_rows, report.compute_s
 
 
 def evaluate(

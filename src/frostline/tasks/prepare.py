@@ -20,6 +20,7 @@ from frostline.backends.torch.measure import measure_costs
 from frostline.errors import DataError
 from frostline.groups import GroupCost, LayerGroups
 from frostline.records import read_run
+from frostline.savings import Savings
 from frostline.tasks.allowance import Allowance, Budget, step_flops
 from frostline.tasks.caching import build_cache
 from frostline.tasks.config import RunConfig
@@ -57,7 +58,7 @@ class Prepared:
         """The header of the record: what the run is, free of the machine."""
         return {
             "asked": asked_settings(asked),
-            "config": self.task.config.model_dump(mode="json", exclude={"output"}),
+            "config": self.task.config.model_dump(mode="json", exclude={"output", "trackers"}),
             "data": _data_facts(self.task),
             "labels": list(self.task.labels),
             "notes": dict(self.task.notes),
@@ -119,8 +120,19 @@ def prepare(config: RunConfig, folder: RunFolder, device: torch.device) -> Prepa
     if budget is not None and budget.unit == "flop":
         forward_flops = count_flops(model, groups, example, samples=_EXAMPLES)
         flops = partial(step_flops, groups, forward_flops)
+    savings = Savings(groups, measured_samples=_EXAMPLES, measure_s=measure_s)
     parts = Parts(
-        model, optimizer, scheduler, driver, device, forward, scaler, cache, allowance, flops
+        model,
+        optimizer,
+        scheduler,
+        driver,
+        device,
+        forward,
+        scaler,
+        cache,
+        allowance,
+        flops,
+        savings,
     )
     return Prepared(task, groups, parts, batching, measure_s)
 

@@ -26,19 +26,22 @@ from frostline.backends.torch.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from frostline.cost import plan_line
+from frostline.cost import plan_line, trained_share
 from frostline.driver import Certificate, Hold
 from frostline.errors import StorageError
+from frostline.integrations.trackers import Status, check_installed
+from frostline.plan import FreezePlan
 from frostline.policies.phases import ends_its_phase
 from frostline.policy import Decision
 from frostline.records import RunRecorder, read_run
 from frostline.tasks.config import RunConfig, dump_config
 from frostline.tasks.first_look import first_look, measured_signals, wanted
-from frostline.tasks.folder import RunFolder
+from frostline.tasks.folder import RunFolder, asked_settings
 from frostline.tasks.loop import Listener, LoopState, TrainingLoop
 from frostline.tasks.meter import CostMeter
 from frostline.tasks.prepare import Prepared, prepare
 from frostline.tasks.resources import Interrupt, pick_device
+from frostline.tasks.tracking import RunTracking
 
 __all__ = ["OnEvent", "Session", "run_session"]
 
@@ -63,17 +66,24 @@ def run_session(
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
         FrostlineError: anything else that stops a run.
     """
+    check_installed(config.trackers)
     device = pick_device(config.device)
     meter = CostMeter(device)
     for place in (folder.path, folder.checkpoints, folder.best):
         _io.sweep(place)
     session = Session(folder, prepare(config, folder, device), meter, on_event)
-    session.resume(config)
+    status: Status = "failed"
     try:
-        if session.train(pause_after=pause_after):
+        session.resume(config)
+        done = session.train(pause_after=pause_after)
+        if done:
             session.finish()
+        status = "finished" if done else "unfinished"
+    except KeyboardInterrupt:
+        status = "unfinished"
+        raise
     finally:
-        session.recorder.close()
+        session.close(status)
 
 
 @dataclass(slots=True)
@@ -94,6 +104,7 @@ class Session:
     loop: TrainingLoop = field(init=False)
     recorder: RunRecorder = field(init=False)
     first_look_s: float = field(init=False, default=0.0)
+    tracking: RunTracking | None = field(init=False, default=None)
     _interrupt: Interrupt = field(init=False, default_factory=Interrupt)
     _epochs: list[Mapping[str, Any]] = field(init=False, default_factory=list)
     _best_steps: list[int] = field(init=False, default_factory=list)  # of the kept checkpoints
@@ -126,6 +137,8 @@ class Session:
                 parts.driver.total_steps = total
                 parts.driver.progress = replace(parts.driver.progress, total_steps=total)
             self.meter.carried = extra["costs"]
+            if parts.savings is not None:
+                parts.savings.restore(extra["costs"].get("savings", {}))
             self._best_steps = extra["best_steps"]
             self._trained = extra["trained"]
         keep = extra["record_lines"] if extra is not None else int(not first)
@@ -137,6 +150,9 @@ class Session:
         parts.driver.on_decision = self._decided
         if extra is None:
             self._look_first()
+        if config.trackers:
+            asked = asked_settings(config)
+            self.tracking = RunTracking(self.folder, config.trackers, asked, parts.driver)
         self._announce(resumed=not first)
 
     def _look_first(self) -> None:
@@ -179,7 +195,15 @@ class Session:
                 "plan": summary,
                 "reason": plan.reason,
             }
+            | self._frozen(plan)
         )
+
+    def close(self, status: Status) -> None:
+        """End what is open; harmless where nothing is."""
+        if self.tracking is not None:
+            self.tracking.close(status)
+        if hasattr(self, "recorder"):  # absent when resuming failed
+            self.recorder.close()
 
     # -- while training ----------------------------------------------------------------------
 
@@ -201,22 +225,33 @@ class Session:
 
     def _updated(self, loss: float) -> None:
         state, parts = self.loop.state, self.prepared.parts
-        self.on_event(
-            {
-                "kind": "step",
-                "step": state.step,
-                "total_steps": parts.driver.total_steps,
-                "epoch": state.evaluated + 1,
-                "loss": loss,
-                "lr": max(float(group["lr"]) for group in parts.optimizer.param_groups),
-            }
-        )
+        event = {
+            "kind": "step",
+            "step": state.step,
+            "total_steps": parts.driver.total_steps,
+            "epoch": state.evaluated + 1,
+            "loss": loss,
+            "lr": max(float(group["lr"]) for group in parts.optimizer.param_groups),
+            "saved_predicted_s": None if parts.savings is None else parts.savings.saved_s,
+        }
+        if self.tracking is not None:
+            self.tracking.updated(event)
+        self.on_event(event)
 
     def _decided(self, decision: Decision) -> None:
         self.recorder.decision(decision)
         summary = plan_line(self.prepared.groups, decision.plan)
         event = {"kind": "decision", "step": decision.step, "plan": summary}
-        self.on_event(event | {"reason": decision.plan.reason})
+        self.on_event(event | {"reason": decision.plan.reason} | self._frozen(decision.plan))
+
+    def _frozen(self, plan: FreezePlan) -> dict[str, Any]:
+        """How much is frozen, for people and trackers."""
+        groups = self.prepared.groups
+        return {
+            "frozen_groups": len(plan.frozen),
+            "groups": len(groups),
+            "frozen_share": 1 - trained_share(groups, plan),
+        }
 
     def _best(self) -> None:
         parts = self.prepared.parts
@@ -235,12 +270,17 @@ class Session:
             "training_s": state.spent_s,
             "peak_memory_bytes": self.meter.peak_memory_bytes,
         }
+        if (savings := self.prepared.parts.savings) is not None:
+            costs["full_predicted_s"] = savings.full_s
+            costs["saved_predicted_s"] = savings.saved_s
         self.recorder.epoch(state.evaluated, state.step, metrics, costs=costs)
         line = {"epoch": state.evaluated, "step": state.step, "metrics": metrics, "costs": costs}
         self._epochs.append(line)
         _io.atomic_write_text(self.folder.metrics, _csv(self._epochs))
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         _log.info("epoch %d: %s%s", state.evaluated, shown, " (best so far)" if better else "")
+        if self.tracking is not None:
+            self.tracking.evaluated(state.step, metrics, costs)
         self.on_event({"kind": "epoch", "better": better} | line)
 
     def _checkpoint(self) -> None:
@@ -281,12 +321,14 @@ class Session:
                 _io.discard(old)
 
     def _costs(self) -> dict[str, Any]:
+        parts = self.prepared.parts
         costs = self.meter.read(
-            self.prepared.parts.driver,
-            measure_s=self.prepared.measure_s,
-            first_look_s=self.first_look_s,
+            parts.driver, measure_s=self.prepared.measure_s, first_look_s=self.first_look_s
         )
-        return costs | {"training_s": self.loop.state.spent_s}
+        costs["training_s"] = self.loop.state.spent_s
+        if parts.savings is not None:
+            costs["savings"] = parts.savings.to_json()
+        return costs
 
     # -- after training ----------------------------------------------------------------------
 
@@ -314,6 +356,8 @@ class Session:
         self.recorder.end(results, costs=costs)
         summary = results | costs
         _io.atomic_write_json(self.folder.summary, summary)
+        if self.tracking is not None:
+            self.tracking.summary(self.loop.state.step, summary)
         _log.info("finished: %s", self.folder.path)
         self.on_event({"kind": "end", "path": str(self.folder.path), "summary": summary})
 
