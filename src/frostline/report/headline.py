@@ -49,8 +49,11 @@ def featured(arms: Sequence[ArmResult]) -> ArmResult:
 
     Ties go to the faster one, then to the first.
     """
-    if chosen := [arm for arm in arms if arm.chosen]:
-        return chosen[0]
+    chosen = [arm for arm in arms if arm.chosen]
+    return chosen[0] if chosen else _highest(arms)
+
+
+def _highest(arms: Sequence[ArmResult]) -> ArmResult:
     return min(
         (arm for arm in arms if not arm.control),
         key=lambda arm: (-(arm.mean("val_accuracy") or 0.0), arm.mean("training_s") or 0.0),
@@ -68,7 +71,7 @@ def headline(runs: Runs, arms: Sequence[ArmResult]) -> Headline:
     best = featured(arms)
     base = next((arm for arm in arms if arm.reference), None)
     if runs.comparison is not None:
-        title, sentences = _of_study(runs, best, base)
+        title, sentences = _of_study(runs, arms, best, base)
     elif len(arms) > 1:
         title, sentences = _of_several(arms, best)
     else:
@@ -80,13 +83,17 @@ def headline(runs: Runs, arms: Sequence[ArmResult]) -> Headline:
     return Headline(title, tuple(sentences), tuple(_tiles(runs, best, base)))
 
 
-def _of_study(runs: Runs, best: ArmResult, base: ArmResult | None) -> tuple[str, list[str]]:
+def _of_study(
+    runs: Runs, arms: Sequence[ArmResult], best: ArmResult, base: ArmResult | None
+) -> tuple[str, list[str]]:
     found = runs.comparison
     assert found is not None  # noqa: S101  the caller looked
     missing = [f"Not finished: {'; '.join(found.missing)}."] if found.missing else []
     if not found.choice or base is None:
         return f"No result yet: {found.because}.", missing
-    if best is base:
+    if len(found.spec.seeds) == 1 and len(runs.arms) > 1:
+        title = f"One seed shows no winner; {_highest(arms).name} scored highest."
+    elif best is base:
         title = f"Stay with {base.name}"
         title += ": nothing faster was shown to be as good." if len(runs.arms) > 1 else "."
     else:
