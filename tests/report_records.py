@@ -58,7 +58,8 @@ def write_run(
 ) -> Path:
     """A run folder as `fit` leaves it, but for model and checkpoints."""
     groups = groups or {"stem": 10, "body": 70, "head": 20}
-    config = RunConfig(model="timm:net", data="photos", policy=policy, seed=seed, **settings or {})
+    given = {"model": "timm:net", "data": "photos", "policy": policy, "seed": seed}
+    config = RunConfig(**given | dict(settings or {}))
     folder.mkdir(parents=True)
     recorder = RunRecorder(folder / "record.jsonl")
     recorder.header(

@@ -203,7 +203,7 @@ def test_a_real_run_is_read_whole(tiny: Path):
     assert sum(found.details[0].time_s.values()) == pytest.approx(
         found.arms[0].mean("wall_s"), rel=0.01
     )
-    assert found.details[0].timeline.sentence().startswith("4 layer groups over 4 updates")
+    assert found.details[0].timeline.sentence().startswith("4 layer groups over 3 updates")
     assert found.headline.tiles[-1].value == "bit for bit"
 
 
