@@ -31,7 +31,7 @@ HOSTILE = (
     "\x1b[31mred\x07\u202eetxt.exe",
     "=cmd|' /C calc'!A0",
     "]]>&amp;&lt;",
-    "datum\"] || (window.owned=5) || [\"",
+    'datum"] || (window.owned=5) || ["',
 )
 
 

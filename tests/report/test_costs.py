@@ -63,4 +63,7 @@ def test_batches_from_the_cache_leave_out_the_frozen_prefix(tmp_path: Path):
 def test_without_measured_costs_nothing_is_predicted():
     header = {"groups": {"a": 1}, "head": ["a"], "costs": {}}
     decisions = (Decision(0, FreezePlan()),)
-    assert predicted_share(RunRecord(Path("r"), header, (), decisions, None, {"steps": 1}, False)) is None
+    assert (
+        predicted_share(RunRecord(Path("r"), header, (), decisions, None, {"steps": 1}, False))
+        is None
+    )

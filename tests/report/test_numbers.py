@@ -224,7 +224,9 @@ def test_probes_and_diagnoses_are_taken_over(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["probes.json", "diagnosis.json"])
-@pytest.mark.parametrize("text", ["{}", '{"points": 3, "commonest": 1}', '{"sentence": "s", "findings": [1]}'])
+@pytest.mark.parametrize(
+    "text", ["{}", '{"points": 3, "commonest": 1}', '{"sentence": "s", "findings": [1]}']
+)
 def test_what_others_wrote_badly_is_named(tmp_path: Path, name, text):
     run = write_run(tmp_path / "run")
     (run / name).write_text(text)

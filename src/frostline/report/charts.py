@@ -21,7 +21,7 @@ from frostline.report.costs import PARTS
 from frostline.report.mistakes import Mistakes
 from frostline.report.numbers import Numbers, ProbeReading
 from frostline.report.results import METRICS, ArmResult, CurvePoint
-from frostline.report.timeline import Timeline, coarser
+from frostline.report.timeline import Phase, Timeline, coarser
 from frostline.text import percent_text
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "compiled",
     "concrete",
     "row_height",
+    "shade",
     "span_rows",
     "timeline_chart",
     "timeline_spec",
@@ -65,13 +66,15 @@ _PART_COLOURS = ("reference", "frozen", "c3", "c7", "c5", "c2", "c4", "line")
 _VARIABLE = re.compile(r"var\(--([a-z0-9-]+)\)")
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 _GIB = 2**30
-_MOST_OVERVIEW = 4000  # spans of all strategies together
+_MOST_OVERVIEW = 3000  # spans of all strategies together
 _POINTS, _LABELS = "points", "labels"
 _LABEL_PX, _LABEL_LIMIT_PX = 12, 150
 #: Names beside an axis leave most of a narrow screen to the chart.
 _NAMES_PX = alt.ExprRef(
     "isFinite(containerSize()[0]) ? clamp(0.28 * containerSize()[0], 70, 180) : 180"
 )
+#: Thousands of spans would take their time to make their words; the page makes those of one.
+_WHOLE_ROW = alt.TooltipContent("data")
 _LEGEND_COLUMNS = alt.ExprRef("containerSize()[0] < 560 ? 2 : 4")
 
 
@@ -204,6 +207,7 @@ _CONFIG: Spec = {
     "aria": False,  # the page describes each chart in words and as a table
     "font": _FONT,
     "view": {"stroke": None},
+    "mark": {"invalid": None},  # every number that is drawn is one
     "axis": {
         "labelColor": _var("soft"),
         "titleColor": _var("soft"),
@@ -369,8 +373,7 @@ def _overview(numbers: Numbers) -> Chart | None:
     chart = (
         alt.Chart(_data(rows, "rows"))
         .transform_filter(shown)
-        .transform_calculate(shade=_SHADE)
-        .mark_bar(strokeWidth=0, minBandSize=0.25)
+        .mark_bar(strokeWidth=0, minBandSize=0.25, tooltip=_WHOLE_ROW)
         .encode(
             x=alt.X("from:Q", title="updates", scale=alt.Scale(nice=False)),
             x2="to:Q",
@@ -380,9 +383,6 @@ def _overview(numbers: Numbers) -> Chart | None:
                                 scale=alt.Scale(paddingInner=0, paddingOuter=0)),
             color=_phase_colour(),
             opacity=_shade(),
-            tooltip=[alt.Tooltip("arm:N", title="strategy"), alt.Tooltip("group:N"),
-                     alt.Tooltip("kind:N", title="state"), alt.Tooltip("from:Q"),
-                     alt.Tooltip("to:Q"), alt.Tooltip("reason:N", title="why")],
         )
         .add_params(param)
     )  # fmt: skip
@@ -416,14 +416,16 @@ def span_rows(found: Timeline) -> list[Spec]:
             "to": span.to_step,
             "kind": span.phase.kind,
             "rate": span.phase.lr_scale,
+            "shade": shade(span.phase),
             "reason": reasons[span.change],
         }
         for span in found.spans
     ]
 
 
-#: How strongly what trains is drawn: by the factor on its learning rate.
-_SHADE = "datum.kind == 'frozen' ? 1 : min(1, datum.rate)"
+def shade(phase: Phase) -> float:
+    """How strongly a span is drawn: what trains by the factor on its learning rate, in [0, 1]."""
+    return 1.0 if phase.kind == "frozen" else min(1.0, phase.lr_scale)
 
 
 def _phase_colour() -> alt.Color:
@@ -462,16 +464,14 @@ def timeline_spec(rows: Sequence[Spec], epochs: Sequence[int], *, end: int, row_
               scale=alt.Scale(domain=domain, nice=False))  # fmt: skip
     spans = (
         alt.Chart(_data(rows, "spans"))
-        .mark_rect(strokeWidth=0, cornerRadius=1.5)
+        .mark_rect(strokeWidth=0, cornerRadius=1.5, tooltip=_WHOLE_ROW)
         .encode(
             x=x,
             x2="to:Q",
             y=y,
             color=_phase_colour(),
             opacity=_shade(),
-            tooltip=[alt.Tooltip("group:N"), alt.Tooltip("kind:N"), alt.Tooltip("reason:N")],
         )
-        .transform_calculate(shade=_SHADE)
     )
     ends = [{"at": step} for step in epochs[:-1]]
     marks = (

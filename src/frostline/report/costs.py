@@ -120,9 +120,11 @@ def predicted_share(record: RunRecord) -> float | None:
     served = int(cache.get("replayed", 0)) / batches if batches else 0.0
     total = 0.0
     for plan, count in _plans(record, steps):
-        alone = predicted_step_s(groups, plan)
-        cached = predicted_step_s(groups, plan, frozen_prefix_cached=True)
-        total += count * (served * cached + (1 - served) * alone)
+        step_s = predicted_step_s(groups, plan)
+        if served:
+            cached = predicted_step_s(groups, plan, frozen_prefix_cached=True)
+            step_s += served * (cached - step_s)
+        total += count * step_s
     return total / (steps * full)
 
 

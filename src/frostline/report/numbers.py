@@ -19,7 +19,7 @@ from frostline.report.timeline import Timeline, timeline
 __all__ = ["Diagnosis", "Finding", "Numbers", "ProbeReading", "RunDetail", "numbers_of"]
 
 #: Spans of all timelines together that a page can hold and draw at once.
-_MOST_SPANS = 60_000
+_MOST_SPANS = 40_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,16 +259,25 @@ def _timeline_data(found: Timeline, strings: _Strings) -> dict[str, Any]:
                 _short(change.epoch),
                 _short(change.seconds),
                 strings(change.reason),
-                [number[name] for name in change.frozen],
-                [number[name] for name in change.unfrozen],
+                bits,
                 change.frozen_count,
                 _short(change.trained_share),
                 {strings(n): [_short(v) for v in values] for n, values in change.signals.items()},
                 {strings(name): _short(value) for name, value in change.metrics.items()},
             ]
-            for change in found.changes
+            for change, bits in zip(found.changes, _frozen_bits(found), strict=True)
         ],
     }
+
+
+def _frozen_bits(found: Timeline) -> Iterator[str]:
+    """After each decision, what is frozen: a hexadecimal number with a bit for each group."""
+    weight = {name: 1 << place for place, name in enumerate(found.groups)}
+    frozen = 0
+    for change in found.changes:
+        frozen += sum(weight[name] for name in change.frozen)
+        frozen -= sum(weight[name] for name in change.unfrozen)
+        yield f"{frozen:x}"
 
 
 def _short(value: float | None) -> Any:

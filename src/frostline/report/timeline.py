@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,11 +37,18 @@ class Phase:
             >>> Phase.of("stem", FreezePlan(frozen=frozenset({"stem"})))
             Phase(kind='frozen', lr_scale=0.0, live_norm=False)
         """
-        rate = float(plan.lr_scale.get(group, 1.0))
         if group not in plan.frozen:
-            return cls("training", rate)
+            return _phase("training", float(plan.lr_scale.get(group, 1.0)), live_norm=False)
         live = group in plan.live_norm
-        return cls("partly", rate, live) if plan.exempt.get(group) else cls("frozen", 0.0, live)
+        if not plan.exempt.get(group):
+            return _phase("frozen", 0.0, live_norm=live)
+        return _phase("partly", float(plan.lr_scale.get(group, 1.0)), live_norm=live)
+
+
+@functools.lru_cache(maxsize=1024)
+def _phase(kind: str, rate: float, *, live_norm: bool) -> Phase:
+    """Phases are few and asked for often: a thousand decisions over a hundred groups."""
+    return Phase(kind, rate, live_norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +194,11 @@ def coarser(found: Timeline, most_spans: int) -> Timeline:
     coarse, spans = found.coarse, found.spans
     while len(spans) > most_spans and coarse < found.end_step:
         coarse *= 2
-        spans = tuple(_merged(found.spans, coarse, found.end_step))
+        spans = _merged(spans, coarse, found.end_step)
     return replace(found, spans=spans, coarse=coarse)
 
 
-def _merged(spans: Sequence[Span], coarse: int, end: int) -> Iterable[Span]:
+def _merged(spans: Sequence[Span], coarse: int, end: int) -> tuple[Span, ...]:
     """Spans that begin and end at multiples of `coarse`; those in between are left out."""
     kept: list[Span] = []
     for span in spans:
@@ -201,27 +209,27 @@ def _merged(spans: Sequence[Span], coarse: int, end: int) -> Iterable[Span]:
         last = kept[-1] if kept and kept[-1].group == span.group else None
         if last is not None and last.phase == span.phase:
             kept[-1] = replace(last, to_step=until)
+        elif (begin, until) == (span.from_step, span.to_step):
+            kept.append(span)
         else:
             kept.append(replace(span, from_step=begin, to_step=until))
-    return kept
+    return tuple(kept)
 
 
 def _spans(groups: Sequence[str], decisions: Sequence[Decision], end: int) -> tuple[Span, ...]:
     """Spans group by group; of decisions at the same update the last one counts."""
-    last = {d.step: place for place, d in enumerate(decisions) if d.step < end} or {0: -1}
-    starts = [0, *list(last)[1:], end]
+    last = {d.step: place for place, d in enumerate(decisions) if d.step < end}
+    begun = [(step if i else 0, place, decisions[place]) for i, (step, place) in
+             enumerate(last.items())] or [(0, 0, Decision(0, FreezePlan()))]  # fmt: skip
     found: list[Span] = []
     for group in groups:
-        own: list[Span] = []
-        for (begin, until), place in zip(pairwise(starts), last.values(), strict=True):
-            decision = decisions[place] if decisions else Decision(0, FreezePlan())
-            phase = Phase.of(group, decision.plan)
-            if own and own[-1].phase == phase:
-                own[-1] = replace(own[-1], to_step=until)
-            else:
-                seen = _seen(decision, group)
-                own.append(Span(group, phase, begin, until, max(0, place), seen))
-        found += own
+        begin, first, decision = begun[0]
+        phase = Phase.of(group, decision.plan)
+        for step, place, later in begun[1:]:
+            if (now := Phase.of(group, later.plan)) is not phase and now != phase:
+                found.append(Span(group, phase, begin, step, first, _seen(decision, group)))
+                begin, first, decision, phase = step, place, later, now
+        found.append(Span(group, phase, begin, end, first, _seen(decision, group)))
     return tuple(found)
 
 

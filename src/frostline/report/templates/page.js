@@ -9,8 +9,9 @@
     if (name) element.className = name;
     return element;
   };
+  const whole = new Intl.NumberFormat("en");
   const figure = (value) =>
-    typeof value !== "number" ? String(value) : Number.isInteger(value) ? value.toLocaleString("en")
+    typeof value !== "number" ? String(value) : Number.isInteger(value) ? whole.format(value)
       : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(2) : String(+value.toPrecision(4));
 
   // -- theme: the system's unless one is chosen ------------------------------------------------
@@ -44,6 +45,11 @@
     if (!value || typeof value !== "object") { tip.hidden = true; return; }
     showTip(event, "", Object.entries(value));
   };
+  const overviewTip = (_, event, item) => {
+    const d = item?.datum;
+    if (!d || d.arm === undefined) { tip.hidden = true; return; }
+    showTip(event, d.arm, [["layer group", d.group], ["state", d.kind], ["updates", `${d.from} to ${d.to}`], ["why", d.reason || "no reason given"]]);
+  };
   addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
   addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
 
@@ -64,6 +70,8 @@
   const obey = (view) => { try { view.signal("hidden", hidden()).run(); } catch { /* has no strategies */ } };
   for (const chip of chips)
     chip.addEventListener("click", () => {
+      const last = chip.getAttribute("aria-pressed") === "true" && hidden().length === chips.length - 1;
+      if (last) return; // charts of nothing say nothing
       chip.setAttribute("aria-pressed", String(chip.getAttribute("aria-pressed") === "false"));
       Object.values(views).forEach(obey);
     });
@@ -99,36 +107,61 @@
   };
   const rowHeight = (count) => (count <= 16 ? 24 : count <= 40 ? 16 : count <= 80 ? 9 : 6);
   const names = (r, list) => list.slice(0, 6).map((g) => text(r.groups[g])).join(", ") + (list.length > 6 ? ` and ${list.length - 6} more` : "");
-  const changed = (r, change) => {
+  const changed = (r, change, froze, thawed) => {
     const cell = make("td");
-    if (change[4].length) cell.append(make("span", `froze ${names(r, change[4])}`, "froze"));
-    if (change[4].length && change[5].length) cell.append("; ");
-    if (change[5].length) cell.append(make("span", `unfroze ${names(r, change[5])}`, "thawed"));
-    if (!change[4].length && !change[5].length) cell.append(change[0] === 0 ? "start: nothing frozen" : "rates or switches only");
+    if (froze.length) cell.append(make("span", `froze ${names(r, froze)}`, "froze"));
+    if (froze.length && thawed.length) cell.append("; ");
+    if (thawed.length) cell.append(make("span", `unfroze ${names(r, thawed)}`, "thawed"));
+    if (!froze.length && !thawed.length) cell.append(change[0] === 0 ? "start: nothing frozen" : "rates or switches only");
     return cell;
   };
-  let rows = [];
+  // A change: update, epoch, seconds, reason, bits of what is frozen, count, share that trains, signals, metrics.
+  const frozenIn = (bits, g) => {
+    const digit = bits.length - 1 - (g >> 2);
+    return digit >= 0 && (parseInt(bits[digit], 16) >> (g & 3)) & 1;
+  };
+  const moved = (r, index) => {
+    const now = r.changes[index][4], before = index ? r.changes[index - 1][4] : "0", froze = [], thawed = [];
+    r.groups.forEach((_, g) => {
+      const is = frozenIn(now, g), was = frozenIn(before, g);
+      if (is && !was) froze.push(g);
+      if (was && !is) thawed.push(g);
+    });
+    return [froze, thawed];
+  };
+  const MOST_LISTED = 200; // rows of a table that appear at once; more make a page slow to open
+  let rows = [], every = false, current = -1;
+  const makeRow = (r, one) => {
+    const change = r.changes[one.index];
+    const row = make("tr"), step = make("td", undefined, "num"), go = make("button", figure(change[0]));
+    go.type = "button";
+    go.setAttribute("aria-label", `Show update ${change[0]} in the timeline`);
+    step.append(go);
+    const saw = Object.entries(change[7]).map(([s, [low, middle, high]]) => `${text(s)} ${figure(low)} · ${figure(middle)} · ${figure(high)}`);
+    for (const [m, value] of Object.entries(change[8])) saw.push(`${text(m)} ${figure(value)}`);
+    row.append(step, make("td", change[1] === null ? "–" : change[1].toFixed(2), "num"), changed(r, change, one.froze, one.thawed),
+      make("td", reason(r, one.index)), make("td", saw.join("; ") || "–"));
+    row.addEventListener("click", () => look(change[0]));
+    row.classList.toggle("now", one.index === current);
+    return row;
+  };
   const listDecisions = (r) => {
+    every = false;
     rows = r.changes.map((change, index) => {
-      const row = make("tr"), step = make("td", undefined, "num"), go = make("button", figure(change[0]));
-      go.type = "button";
-      go.setAttribute("aria-label", `Show update ${change[0]} in the timeline`);
-      step.append(go);
-      const saw = Object.entries(change[8]).map(([s, [low, middle, high]]) => `${text(s)} ${figure(low)} · ${figure(middle)} · ${figure(high)}`);
-      for (const [m, value] of Object.entries(change[9])) saw.push(`${text(m)} ${figure(value)}`);
-      row.append(step, make("td", change[1] === null ? "–" : change[1].toFixed(2), "num"), changed(r, change),
-        make("td", reason(r, index)), make("td", saw.join("; ") || "–"));
-      row.addEventListener("click", () => look(change[0]));
-      const all = [...change[4], ...change[5]].map((g) => text(r.groups[g])).join(" ");
-      return { row, index, words: `${all} ${text(change[3])}`.toLowerCase() };
+      const [froze, thawed] = moved(r, index);
+      const groups = [...froze, ...thawed].map((g) => text(r.groups[g])).join(" ");
+      return { index, froze, thawed, row: null, words: `${groups} ${text(change[3])}`.toLowerCase() };
     });
     filter();
   };
   const filter = () => {
-    const wanted = byId("find").value.trim().toLowerCase();
-    const kept = rows.filter((one) => one.words.includes(wanted));
-    byId("decision-rows").replaceChildren(...kept.map((one) => one.row));
-    byId("found").textContent = kept.length === rows.length ? rows.length === 1 ? "1 decision" : `${rows.length} decisions` : `${kept.length} of ${rows.length} decisions`;
+    const r = run(), wanted = byId("find").value.trim().toLowerCase();
+    const kept = rows.filter((one) => one.words.includes(wanted)), listed = every ? kept : kept.slice(0, MOST_LISTED);
+    byId("decision-rows").replaceChildren(...listed.map((one) => (one.row ??= makeRow(r, one))));
+    const count = rows.length === 1 ? "1 decision" : `${figure(rows.length)} decisions`;
+    byId("found").textContent = kept.length === rows.length ? count : `${figure(kept.length)} of ${count}`;
+    byId("more").hidden = listed.length === kept.length;
+    byId("more").textContent = `List all ${figure(kept.length)}, not the first ${MOST_LISTED} only`;
   };
   const look = (step) => {
     const r = run();
@@ -137,11 +170,12 @@
     r.changes.forEach((change, index) => { if (change[0] <= step) place = index; });
     const change = r.changes[place];
     const said = change
-      ? `Update ${figure(step)}: ${change[6]} of ${r.groups.length} groups frozen, ${(100 * change[7]).toFixed(1)} % of parameters train. Since update ${figure(change[0])}: ${reason(r, place)}`
+      ? `Update ${figure(step)}: ${change[5]} of ${r.groups.length} groups frozen, ${(100 * change[6]).toFixed(1)} % of parameters train. Since update ${figure(change[0])}: ${reason(r, place)}`
       : `Update ${figure(step)}: no decision yet.`;
     says.textContent = said;
     slider.setAttribute("aria-valuetext", said);
-    for (const one of rows) one.row.classList.toggle("now", one.index === place);
+    current = place;
+    for (const one of rows) one.row?.classList.toggle("now", one.index === place);
     if (views.timeline) views.timeline.signal("cursor", step).run();
     const now = r.groups.map((name, g) => {
       const span = spansOf(r, g).findLast((s) => s.from <= step), row = make("tr");
@@ -156,7 +190,8 @@
     const r = run(), spans = [];
     r.groups.forEach((name, g) => {
       for (const s of spansOf(r, g))
-        spans.push({ ...s, g, group: text(name), depth: g, kind: s.phase[0], rate: s.phase[1] });
+        spans.push({ ...s, g, group: text(name), depth: g, kind: s.phase[0],
+          shade: s.phase[0] === "frozen" ? 1 : Math.min(1, s.phase[1]) });
     });
     const view = views.timeline;
     if (view) {
@@ -175,6 +210,7 @@
   select.addEventListener("change", showRun);
   slider.addEventListener("input", () => look(Number(slider.value)));
   byId("find").addEventListener("input", filter);
+  byId("more").addEventListener("click", () => { every = true; filter(); });
 
   // -- copying ---------------------------------------------------------------------------------
   for (const copy of document.querySelectorAll(".copy"))
@@ -188,8 +224,11 @@
   (async () => {
     await draw(byId("timeline-chart"), "timeline", data.timeline, timelineTip);
     await showRun();
+    document.documentElement.dataset.opened = "true";
     for (const element of document.querySelectorAll("[data-chart]")) {
-      await draw(element, element.dataset.chart, data.charts[element.dataset.chart], plainTip);
+      await new Promise((done) => setTimeout(done)); // let the reader scroll between two charts
+      await draw(element, element.dataset.chart, data.charts[element.dataset.chart],
+        element.dataset.chart === "overview" ? overviewTip : plainTip);
       if (views[element.dataset.chart]) obey(views[element.dataset.chart]);
     }
     document.documentElement.dataset.ready = "true";
