@@ -1,4 +1,4 @@
-"""`frostline report` and `frostline show`: pages, files and lines, and what they say to mistakes."""
+"""`frostline report` and `frostline show`: pages, files, lines, and what mistakes are told."""
 
 from __future__ import annotations
 

@@ -128,8 +128,8 @@ def test_runs_side_by_side(tmp_path: Path):
 def test_layer_groups_are_read_from_shallow_to_deep_though_keys_are_sorted(tmp_path: Path):
     recorder = RunRecorder(tmp_path / "record.jsonl")
     names = ["stem", "layer.2", "layer.10", "head"]
-    header = {"groups": {name: 1 for name in names}, "depths": names, "head": ["head"]}
-    recorder.header(header, costs={"groups": {name: {} for name in names}})
+    header = {"groups": dict.fromkeys(names, 1), "depths": names, "head": ["head"]}
+    recorder.header(header, costs={"groups": dict.fromkeys(names, 0.5)})
     recorder.close()
     read = read_run(tmp_path).header
     assert list(read["groups"]) == names
@@ -139,6 +139,6 @@ def test_layer_groups_are_read_from_shallow_to_deep_though_keys_are_sorted(tmp_p
 def test_a_record_without_their_order_gets_the_natural_one_with_the_head_last(tmp_path: Path):
     recorder = RunRecorder(tmp_path / "record.jsonl")
     names = ["embeddings", "layer.2", "layer.10", "classifier"]
-    recorder.header({"groups": {n: 1 for n in names}, "head": ["classifier"]}, costs={})
+    recorder.header({"groups": dict.fromkeys(names, 1), "head": ["classifier"]}, costs={})
     recorder.close()
     assert list(read_run(tmp_path).header["groups"]) == names

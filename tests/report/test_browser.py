@@ -198,7 +198,8 @@ def test_hostile_names_run_nothing(opened, tmp_path: Path):
 
 def test_what_slips_in_all_the_same_is_stopped_by_the_policy(opened, report, tmp_path: Path):
     text = report.read_text(encoding="utf-8")
-    attack = "<script>window.owned = 1</script><img src='https://example.org/x' onerror='window.owned = 2'>"
+    image = "<img src='https://example.org/x' onerror='window.owned = 2'>"
+    attack = f"<script>window.owned = 1</script>{image}"
     path = tmp_path / "report.html"
     path.write_text(text.replace("<main>", f"<main>{attack}"), encoding="utf-8")
     found = opened(path)
@@ -219,7 +220,6 @@ def test_twenty_large_runs_are_a_page_that_opens(opened, tmp_path: Path):
     assert found.page.locator("#decision-rows tr").count() == 200
     found.page.locator("#more").click()
     assert found.page.locator("#decision-rows tr").count() == 1000
-    spent = found.page.evaluate(
-        "performance.getEntriesByName('first-contentful-paint')[0].startTime"
-    )
+    paints = "performance.getEntriesByName('first-contentful-paint')"
+    spent = found.page.evaluate(f"{paints}[0].startTime")
     assert spent < 10_000  # ms; how fast it really is depends on the machine, see docs/report.md

@@ -25,7 +25,7 @@ def test_the_parts_of_a_run_add_up_to_all_of_it(training, outside, parts):
     spent = training + sum(parts)
     summary = {**costs, "cache": cache, "measure_s": 1.0, "training_s": spent,
                "wall_s": spent + 1.0 + outside}  # fmt: skip
-    found = time_parts(RunRecord(Path("r"), {}, (), (), None, summary, False))
+    found = time_parts(RunRecord(Path("r"), {}, (), (), None, summary, torn=False))
     assert found is not None
     assert found.keys() == PARTS.keys()
     assert sum(found.values()) == pytest.approx(summary["wall_s"])
@@ -64,6 +64,6 @@ def test_without_measured_costs_nothing_is_predicted():
     header = {"groups": {"a": 1}, "head": ["a"], "costs": {}}
     decisions = (Decision(0, FreezePlan()),)
     assert (
-        predicted_share(RunRecord(Path("r"), header, (), decisions, None, {"steps": 1}, False))
+        predicted_share(RunRecord(Path("r"), header, (), decisions, None, {"steps": 1}, torn=False))
         is None
     )

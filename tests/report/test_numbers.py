@@ -161,7 +161,8 @@ def test_mistakes_are_counted_by_class_pair_and_seed(tmp_path: Path):
     assert [(m.index, m.label, m.predicted, m.wrong_in) for m in found.worst] == [
         (3, "dog", "cat", 2), (1, "cat", "dog", 1), (4, "dog", "cat", 1)
     ]  # fmt: skip
-    assert [(c.label, c.predicted, c.samples) for c in found.confusions][0] == ("dog", "cat", 2)
+    first_pair = found.confusions[0]
+    assert (first_pair.label, first_pair.predicted, first_pair.samples) == ("dog", "cat", 2)
 
 
 def test_a_run_without_predictions_has_no_mistakes(tmp_path: Path):
@@ -244,7 +245,8 @@ SETTINGS = st.fixed_dictionaries(
         "epochs": st.integers(1, 50), "lr": st.sampled_from([1e-4, 0.1]), "seed": st.integers(0, 9),
         "patience": st.sampled_from([None, 1, 3]), "live_norm": st.booleans(),
         "image_mean": st.just((0.5, 0.4, 0.3)), "budget": st.sampled_from([None, "500st"]),
-        "warmup": st.sampled_from(["10%", "3st"]), "class_weights": st.sampled_from(["none", "balanced"]),
+        "warmup": st.sampled_from(["10%", "3st"]),
+        "class_weights": st.sampled_from(["none", "balanced"]),
     },
 )  # fmt: skip
 

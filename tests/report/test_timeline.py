@@ -31,7 +31,7 @@ def records(draw: st.DrawFn) -> RunRecord:
 
 def record(decisions: tuple[Decision, ...], *, steps: int, epochs: tuple = ()) -> RunRecord:
     header = {"groups": GROUPS, "head": ["head"]}
-    return RunRecord(Path("run"), header, epochs, decisions, None, {"steps": steps}, False)
+    return RunRecord(Path("run"), header, epochs, decisions, None, {"steps": steps}, torn=False)
 
 
 def covers(found: Timeline) -> None:

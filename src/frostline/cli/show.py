@@ -76,7 +76,7 @@ def _tiles(numbers: Numbers) -> Iterable[str]:
 
 
 def strips(found: Timeline, *, width: int) -> list[str]:
-    """A timeline as text: a line for each layer group, the head on top.
+    r"""A timeline as text: a line for each layer group, the head on top.
 
     A column stands for an equal share of the updates and shows what the group did at its middle.
 
@@ -90,7 +90,7 @@ def strips(found: Timeline, *, width: int) -> list[str]:
         ...          Span("body", Phase("training"), 6, 12, 1),
         ...          Span("head", Phase("training"), 0, 12, 0))
         >>> line = Timeline(("body", "head"), frozenset({"head"}), 12, (), spans)
-        >>> print("\\n".join(strips(line, width=6)))
+        >>> print("\n".join(strips(line, width=6)))
         head  ······
         body  ███···
     """

@@ -285,8 +285,9 @@ def _pareto(arms: Sequence[ArmResult], cost: str) -> Chart | None:
     return Chart(
         name="quality_time" if cost == "wall_s" else "quality_memory",
         title="Quality against time" if cost == "wall_s" else "Quality against memory",
-        summary=f"Best: {quality['arm']}, {_percent(quality['quality'])}. Cheapest: {cheap['arm']}, "
-        f"{cheap['cost']:.3g} {title}. No other strategy is as good and costs no more "
+        summary=f"Best: {quality['arm']}, {_percent(quality['quality'])}. "
+        f"Cheapest: {cheap['arm']}, {cheap['cost']:.3g} {title}. "
+        "No other strategy is as good and costs no more "
         f"(dashed): {', '.join(row['arm'] for row in front)}.",
         spec=_spec(_pareto_chart(arms, title, means, runs, front), height=300),
         columns=("strategy", "validation accuracy", title, "on the front"),
@@ -560,8 +561,15 @@ def _curve(numbers: Numbers, metric: str) -> Chart | None:
 
 
 def _curve_row(point: CurvePoint, *, timed: bool) -> Spec:
-    return {"arm": point.arm, "epoch": point.epoch, "x": point.seconds if timed else point.epoch,
-            "mean": point.mean, "low": point.low, "high": point.high, "seeds": point.seeds}  # fmt: skip
+    return {
+        "arm": point.arm,
+        "epoch": point.epoch,
+        "x": point.seconds if timed else point.epoch,
+        "mean": point.mean,
+        "low": point.low,
+        "high": point.high,
+        "seeds": point.seeds,
+    }
 
 
 # -- probes, time, savings, mistakes -----------------------------------------------------------
@@ -608,9 +616,9 @@ def _probes(numbers: Numbers) -> Chart | None:
 def _probe_sentence(readings: Sequence[ProbeReading]) -> str:
     best = max(readings, key=lambda r: r.accuracy)
     return (
-        f"A linear classifier reads the classes best from {best.group}: {_percent(best.accuracy)} of "
-        f"validation samples; always answering the commonest class gets {_percent(best.commonest)} "
-        "(dashed). The band is its 95 % interval."
+        f"A linear classifier reads the classes best from {best.group}: "
+        f"{_percent(best.accuracy)} of validation samples; always answering the commonest class "
+        f"gets {_percent(best.commonest)} (dashed). The band is its 95 % interval."
     )
 
 
@@ -661,7 +669,8 @@ def _time_sentence(rows: Sequence[Spec]) -> str:
     own = sum(sums[part] for part in ("signals", "policy", "applying", "digests"))
     return (
         f"Over all strategies {_percent(sums['training'])} of the time was training, "
-        f"{_percent(sums['cache'])} the cache, {_percent(own)} deciding, signals, applying and proving."
+        f"{_percent(sums['cache'])} the cache, {_percent(own)} deciding, signals, applying and "
+        "proving."
     )
 
 

@@ -112,7 +112,7 @@ class Numbers:
 
     Attributes:
         model: what was fine-tuned.
-        data: what on.
+        data: what on; of a path the last part.
         headline: the result in words.
         arms: results per strategy.
         curves: metrics by epoch.
@@ -177,7 +177,7 @@ def numbers_of(
         wrong = samples(wrong, first)
     return Numbers(
         model=_listed(runs.runs, "model"),
-        data=_listed(runs.runs, "data"),
+        data=", ".join(dict.fromkeys(_last(str(run.config["data"])) for run in runs.runs)),
         headline=headline(runs, arms),
         arms=arms,
         curves=curves(runs.runs),
@@ -189,6 +189,16 @@ def numbers_of(
         repeat=repeat(runs),
         level=runs.comparison.spec.level if runs.comparison else 0.95,
     )
+
+
+def _last(path: str) -> str:
+    """The last part of a path, which is what a reader knows it by.
+
+    Example:
+        >>> _last("my/photos/"), _last("mine.data:flowers")
+        ('photos', 'mine.data:flowers')
+    """
+    return path.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or path
 
 
 def _listed(runs: Sequence[ReportRun], name: str) -> str:

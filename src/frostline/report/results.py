@@ -235,7 +235,8 @@ def _judged_by_study(arms: Sequence[ArmResult], runs: Runs) -> list[ArmResult]:
                 arm,
                 runs=tuple(_charged(run, charge.get(run.seed, 0.0)) for run in arm.runs),
                 control=found.arm.control or "",
-                chosen=arm.name == runs.comparison.choice,
+                # One seed shows no winner, so nothing is to be taken on its word.
+                chosen=arm.name == runs.comparison.choice and len(runs.comparison.spec.seeds) > 1,
                 verdict=verdict.kind if verdict else "",
                 sentence=verdict.sentence if verdict else "",
                 difference=paired and (paired.difference, paired.low, paired.high),
