@@ -100,7 +100,7 @@ def _of_study(
         title = f"Take {best.name}: {best.verdict} {_than(best)} {base.name}{_in_time(best)}."
     sentences = []
     if best is not base:
-        sentences.append(f"In validation accuracy {best.name} is {best.sentence}.")
+        sentences.append(f"Validation accuracy of {best.name}: {best.sentence}.")
     if found.best is not None:
         sentences.append(f"On validation data {found.best.sentence}.")
     if found.reference_s:
