@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws, answers, lets nothing in or out, and opens fast enough.
+"""The page in a real browser: it draws, answers and lets nothing in or out.
 
 Chromium or Chrome must be installed (Debian: ``apt install chromium``), Playwright drives it.
 """
@@ -220,6 +220,3 @@ def test_twenty_large_runs_are_a_page_that_opens(opened, tmp_path: Path):
     assert found.page.locator("#decision-rows tr").count() == 200
     found.page.locator("#more").click()
     assert found.page.locator("#decision-rows tr").count() == 1000
-    paints = "performance.getEntriesByName('first-contentful-paint')"
-    spent = found.page.evaluate(f"{paints}[0].startTime")
-    assert spent < 10_000  # ms; how fast it really is depends on the machine, see docs/report.md
