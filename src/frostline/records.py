@@ -9,6 +9,7 @@ records that are equal without it.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,7 +139,7 @@ class RunRecord:
 
     Attributes:
         path: the run's folder.
-        header: configuration, data, model, versions.
+        header: configuration, data, model, versions; its layer groups from shallow to deep.
         epochs: one mapping per epoch: epoch, step, metrics, costs.
         decisions: every change of plan.
         certificate: the proof of freezing in short, or None before the end.
@@ -207,7 +208,42 @@ def _header(file: Path, headers: list[Mapping[str, Any]]) -> Mapping[str, Any]:
             found=f"a record of format {headers[0]['format']!r}",
             fix=f"use the version that wrote it; this one reads format {_FORMAT}",
         )
-    return headers[0]
+    return _by_depth(headers[0])
+
+
+def _by_depth(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The header with its layer groups from shallow to deep.
+
+    Lines are written with sorted keys, so the order is a list of its own. Records older than that
+    list get the natural order of names, in which 10 follows 9, with the head last.
+
+    Example:
+        >>> found = _by_depth({"groups": {"a.10": 1, "a.9": 2, "b": 3, "top": 4}, "head": ["b"]})
+        >>> list(found["groups"])
+        ['a.9', 'a.10', 'top', 'b']
+        >>> list(_by_depth({"groups": {"a": 1, "b": 2}, "depths": ["b", "a"]})["groups"])
+        ['b', 'a']
+    """
+    if "groups" not in header:
+        return header
+    head = header.get("head", ())
+    names = header.get("depths") or sorted(
+        header["groups"], key=lambda name: (name in head, _natural(name))
+    )
+    costs = header.get("costs", {})
+    measured = costs.get("groups", {})
+    ordered = {name: measured[name] for name in names if name in measured}
+    return {
+        **header,
+        "groups": {name: header["groups"][name] for name in names},
+        "costs": {**costs, "groups": ordered} if "groups" in costs else costs,
+    }
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key by which numbers in names are compared as numbers."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def without_costs(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
-from frostline.records import RunRecorder
+import frostline
+from faulty_disk import QuickDisk, use_disk
 
 pytest.importorskip("waitress", reason="needs waitress: pip install 'frostline[live]'")
 
-METRICS = {"train_loss": 0.5, "val_loss": 0.25, "val_accuracy": 0.875}
 
-
-def _record(folder: Path) -> RunRecorder:
-    folder.mkdir(parents=True)
-    recorder = RunRecorder(folder / "record.jsonl")
-    config = {"model": "timm:resnet18", "policy": "full"}
-    recorder.header({"asked": {}, "config": config, "labels": ["a", "b"]}, costs={})
-    return recorder
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> list[bytes]:
+    """The lines of the record of a run."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    with use_disk(QuickDisk()):
+        run = frostline.fit(
+            "tiny_task:tiny_model", "tiny_task:tiny_data", "full",
+            output=output, epochs=2, threads=1, device="cpu", cache="off",
+        )  # fmt: skip
+    return (run.path / "record.jsonl").read_bytes().splitlines(keepends=True)
 
 
 def _read(url: str) -> str:
@@ -32,7 +35,7 @@ def _read(url: str) -> str:
 
 
 def _until(url: str, text: str) -> str:
-    for _ in range(100):
+    for _ in range(300):
         try:
             page = _read(url)
         except urllib.error.HTTPError:
@@ -43,29 +46,36 @@ def _until(url: str, text: str) -> str:
     raise AssertionError(f"{text!r} never came")
 
 
-def test_the_page_follows_the_run(tmp_path):
-    recorder = _record(tmp_path / "runs/first-001")
+@pytest.mark.parametrize("charts", [True, False])
+def test_the_page_follows_the_run(tmp_path, finished, charts):
+    epochs = [i for i, line in enumerate(finished) if b'"kind":"epoch"' in line]
+    accuracy = json.loads(finished[epochs[0]])["metrics"]["val_accuracy"]
+    record = tmp_path / "runs/first-001/record.jsonl"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(b"".join(finished[: epochs[0]]))
+    hide = "" if charts else "import sys; sys.modules['altair'] = None; "
     with subprocess.Popen(
-        [sys.executable, "-c", "from frostline.cli import main; main()", "watch"],
+        [sys.executable, "-c", f"{hide}from frostline.cli import main; main()", "watch"],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
         env=os.environ | {"NO_COLOR": "1"},
     ) as watching:
         assert watching.stdout is not None
+        assert watching.stderr is not None
         try:
             url = watching.stdout.readline().strip()
+            assert ("without charts" in watching.stderr.readline()) is not charts
             assert "first-001" in _read(url)
-            _until(f"{url}page", "timm:resnet18")
-            recorder.epoch(1, 10, METRICS, costs={})
-            _until(f"{url}page", "87.5 %")
-            recorder.close()
-            record = tmp_path / "runs/first-001/record.jsonl"
+            before = _until(f"{url}page", "tiny_task:tiny_model")
+            assert ("vega" in before.lower()) is charts
+            record.write_bytes(b"".join(finished[: epochs[0] + 1]))
+            _until(f"{url}page", f"{100 * accuracy:.1f}")
             whole = record.read_bytes()
-            record.write_bytes(whole.replace(b"resnet18", b"resnet34"))
+            record.write_bytes(whole.replace(b"tiny_model", b"tidy_model"))
             _until(f"{url}state", "damaged")
-            _until(f"{url}page", "87.5 %")  # the last good one
+            _until(f"{url}page", f"{100 * accuracy:.1f}")  # the last good one
             record.write_bytes(whole)
             _until(f"{url}state", '"problem": ""')
         finally:

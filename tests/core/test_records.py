@@ -123,3 +123,22 @@ def test_runs_side_by_side(tmp_path: Path):
     assert rows[1] == Row("b", "linear-probe", 0.9, 0.8, 12.5, 1000, 0.25, 0.4)
     assert rows[2] == Row("c", "full", None, None, None, None, None, None)
     assert list(COLUMNS) == list(Row.__dataclass_fields__)
+
+
+def test_layer_groups_are_read_from_shallow_to_deep_though_keys_are_sorted(tmp_path: Path):
+    recorder = RunRecorder(tmp_path / "record.jsonl")
+    names = ["stem", "layer.2", "layer.10", "head"]
+    header = {"groups": dict.fromkeys(names, 1), "depths": names, "head": ["head"]}
+    recorder.header(header, costs={"groups": dict.fromkeys(names, 0.5)})
+    recorder.close()
+    read = read_run(tmp_path).header
+    assert list(read["groups"]) == names
+    assert list(read["costs"]["groups"]) == names
+
+
+def test_a_record_without_their_order_gets_the_natural_one_with_the_head_last(tmp_path: Path):
+    recorder = RunRecorder(tmp_path / "record.jsonl")
+    names = ["embeddings", "layer.2", "layer.10", "classifier"]
+    recorder.header({"groups": dict.fromkeys(names, 1), "head": ["classifier"]}, costs={})
+    recorder.close()
+    assert list(read_run(tmp_path).header["groups"]) == names

@@ -95,6 +95,20 @@ _COMMANDS = (
         ),
     ),
     _Command(
+        "report",
+        "Write one page on runs or a study: what was frozen, when, why, and what it bought.",
+        (
+            "frostline report studies/photos-resnet18",
+            "frostline report RUN ANOTHER_RUN --output both.html --samples",
+            "frostline report RUN --figures figures/",
+        ),
+    ),
+    _Command(
+        "show",
+        "Show one run here: result, timeline of freezing, decisions, times.",
+        ("frostline show runs/resnet18-gradual-001", "frostline show RUN --decisions 0"),
+    ),
+    _Command(
         "predict",
         "Print labels and probabilities for new inputs, from a finished run.",
         (

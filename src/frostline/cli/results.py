@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from frostline.cli.terminal import bytes_text, console, escape, print_json, print_table
+from frostline.cli.terminal import console, print_json, print_table
 from frostline.records import COLUMNS, Row, comparison_table
+from frostline.text import bytes_text, escape, percent_text, seconds_text
 
 __all__ = ["print_run", "print_runs", "seconds_text"]
 
@@ -53,29 +54,10 @@ def _cells(row: Row) -> Sequence[str | None]:
     return (
         row.run,
         row.policy,
-        _percent(row.val_accuracy),
-        _percent(row.test_accuracy),
+        percent_text(row.val_accuracy),
+        percent_text(row.test_accuracy),
         None if row.wall_s is None else seconds_text(row.wall_s),
         None if row.peak_memory_bytes is None else bytes_text(row.peak_memory_bytes),
-        _percent(row.trained_parameter_share),
-        _percent(row.backward_share),
+        percent_text(row.trained_parameter_share),
+        percent_text(row.backward_share),
     )
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.1f} %"
-
-
-def seconds_text(seconds: float) -> str:
-    """A time for people.
-
-    Example:
-        >>> seconds_text(4.26), seconds_text(95), seconds_text(7384)
-        ('4.3 s', '1 min 35 s', '2 h 03 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,4 +1,4 @@
-"""What reaches the terminal: consoles, the one escape function, tables.
+"""What reaches the terminal: consoles and tables, every foreign string escaped.
 
 Names of classes, layers, files and the texts of errors come from data and weights that others
 made. An escape sequence among them could repaint or reprogram the reader's terminal, and a
@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import sys
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -19,6 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from frostline.text import bytes_text, count_text, escape
 
 __all__ = [
     "WarningsHere",
@@ -30,31 +31,6 @@ __all__ = [
     "print_table",
     "table",
 ]
-
-# Control, format (bidirectional overrides, invisible marks), half surrogates, line separators.
-_UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-_JOINERS = "\u200c\u200d"  # spelling in several scripts, and emoji; they reorder nothing
-
-
-def escape(text: object) -> str:
-    r"""The text with every character that could steer a terminal written as an escape.
-
-    Example:
-        >>> print(escape("tulip\x1b[31m\u202etxt"))
-        tulip\x1b[31m\u202etxt
-        >>> print(escape("Gänseblümchen 🌼"))
-        Gänseblümchen 🌼
-    """
-    shown = str(text)
-    if shown.isprintable():
-        return shown
-    return "".join(_escaped(c) for c in shown)
-
-
-def _escaped(character: str) -> str:
-    if character in _JOINERS or unicodedata.category(character) not in _UNSAFE:
-        return character
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def console(stream: TextIO, *, width: int | None = None) -> Console:
@@ -108,33 +84,6 @@ def print_json(value: Any) -> None:
     """Print JSON to stdout; ASCII only, so control characters arrive as escapes."""
     json.dump(value, sys.stdout, indent=2)
     sys.stdout.write("\n")
-
-
-def bytes_text(size: float) -> str:
-    """A size for people.
-
-    Example:
-        >>> bytes_text(3 * 2**20)
-        '3.0 MiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
-
-
-def count_text(count: int) -> str:
-    """A number of parameters for people.
-
-    Example:
-        >>> count_text(4_652_008), count_text(512)
-        ('4.65 M', '512')
-    """
-    for unit, scale in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return str(count)
 
 
 class WarningsHere(logging.Handler):

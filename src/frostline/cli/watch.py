@@ -8,14 +8,16 @@ import contextlib
 import os
 import sys
 import webbrowser
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from frostline.cli.terminal import console, escape
-from frostline.errors import DataError
+from frostline.errors import DataError, MissingExtra
 from frostline.records import RECORD_NAME
+from frostline.tasks.imports import need
 
 __all__ = ["watch"]
 
@@ -38,11 +40,10 @@ def watch(
     The page is for this machine: it listens on 127.0.0.1, and the address holds a secret. Runs are
     only read, and go on when the page is closed.
     """
-    from frostline.live.plain import render
     from frostline.live.server import open_server
 
     paths = list(runs) or [_newest()]
-    server = open_server(paths, render, name=", ".join(p.name for p in paths), port=port)
+    server = open_server(paths, _renderer(), name=", ".join(p.name for p in paths), port=port)
     _step_back()
     out = console(sys.stdout)
     out.print(server.url, soft_wrap=True)
@@ -51,6 +52,23 @@ def watch(
     if browser:
         webbrowser.open(server.url)
     server.run()
+
+
+def _renderer() -> Callable[[Sequence[Path]], str]:
+    """What makes the page: the report, or a plain one where its libraries are absent."""
+    try:
+        for module in ("altair", "vl_convert", "jinja2"):
+            need(module, extra="report")
+    except MissingExtra as error:
+        sys.stderr.write(escape(f"a page without charts; with them: {error.fix}") + "\n")
+        from frostline.live.plain import render
+
+        return render
+    from frostline.report.numbers import numbers_of
+    from frostline.report.page import page
+    from frostline.report.read import read_runs
+
+    return lambda paths: page(numbers_of(read_runs(paths)))
 
 
 def _newest() -> Path:

@@ -63,6 +63,7 @@ class Prepared:
             "labels": list(self.task.labels),
             "notes": dict(self.task.notes),
             "groups": {g.name: g.parameter_count for g in self.groups},
+            "depths": list(self.groups.names),  # keys of a record are sorted, lists are not
             "head": sorted(self.groups.head),
         }
 

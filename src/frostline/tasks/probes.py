@@ -489,9 +489,10 @@ def solved_head(
     worked into weight and bias.
 
     A head that fits the training samples to the end leaves no gradient to fine-tune by, and is sure
-    of itself where it is wrong. To start fine-tuning from, take `errors=1`: the strongest penalty
-    whose accuracy on the held-out fifth is at most a standard error below the best (the rule of
-    Breiman et al. 1984, "Classification and Regression Trees", section 3.4.3, on penalties).
+    of itself where it is wrong. To start fine-tuning from, take `errors` above 0: the strongest
+    penalty whose accuracy on the held-out fifth is at most so many standard errors below the best
+    (after the rule of one standard error of Breiman et al. 1984, "Classification and Regression
+    Trees", section 3.4.3).
 
     Args:
         train: features of the training samples; their `head_layer` says which layer is solved.

@@ -26,7 +26,7 @@ from frostline.tasks.image import ImagePreparation
 from frostline.tasks.models import as_logits, build_model, model_logits
 from frostline.tasks.saved import describe, save_model
 
-__all__ = ["Batch", "Sample", "Split", "Task", "balanced_weights", "load_task"]
+__all__ = ["Batch", "Sample", "Split", "Task", "balanced_weights", "content_digest", "load_task"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ def load_task(config: RunConfig) -> Task:
         Split(data.inputs(name), data.targets(name), preparation)
         for name in ("train", "val", "test")
     )
-    content = {name: _content(data.splits[name].digests) for name in ("train", "val", "test")}
+    content = {name: content_digest(data.splits[name].digests) for name in ("train", "val", "test")}
     notes = {
         **data.notes,
         "content_sha256": content,
@@ -253,7 +253,7 @@ def load_task(config: RunConfig) -> Task:
     return task
 
 
-def _content(digests: Sequence[bytes]) -> str:
+def content_digest(digests: Sequence[bytes]) -> str:
     """SHA-256 over what the samples of a split hold, in their order."""
     return hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in digests)).hexdigest()
 

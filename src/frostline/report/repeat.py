@@ -1,0 +1,139 @@
+"""The command, versions and settings that give the same runs again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from frostline.report.read import ReportRun, Runs
+from frostline.tasks.config import RunConfig
+
+__all__ = ["Repeat", "fit_command", "repeat"]
+
+#: Settings of the machine rather than of the run; where its folders are is nobody's business.
+_LEFT_OUT = {"output", "cache_dir", "model", "data", "policy"}
+_OF_A_STUDY = {"seed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """What it takes to do a report's runs again.
+
+    Attributes:
+        commands: lines for a shell.
+        notes: what the commands leave out.
+        versions: what the runs were made with, by name.
+        settings: every setting of the runs with its default resolved; where runs differ, all
+            values that occur.
+        data: by split, the number of samples and digests of labels and contents.
+    """
+
+    commands: tuple[str, ...]
+    notes: tuple[str, ...]
+    versions: Mapping[str, str]
+    settings: Mapping[str, str]
+    data: Mapping[str, Mapping[str, str]]
+
+
+def repeat(runs: Runs) -> Repeat:
+    """How to do these runs again."""
+    if runs.comparison is None:
+        commands = dict.fromkeys(fit_command(run.record.header["asked"]) for run in runs.runs)
+        notes: tuple[str, ...] = ()
+    else:
+        command, notes = _compare_command(runs)
+        commands = {command: None}
+    first = runs.runs[0]
+    facts: Mapping[str, Mapping[str, Any]] = first.record.header.get("data", {})
+    return Repeat(
+        commands=tuple(commands),
+        notes=notes,
+        versions=_versions(runs.runs),
+        settings=_settings(runs.runs),
+        data={
+            split: {name: str(value) for name, value in sorted(found.items())}
+            for split, found in facts.items()
+        },
+    )
+
+
+def fit_command(asked: Mapping[str, Any]) -> str:
+    """The line for a shell that fits with these settings; those at their defaults are left out.
+
+    Args:
+        asked: settings by name, as the header of a record has them.
+
+    Example:
+        >>> fit_command({"model": "timm:resnet18", "data": "my photos", "policy": "full",
+        ...              "epochs": 5, "lr": None, "live_norm": True, "patience": None})
+        "frostline fit timm:resnet18 'my photos' --policy full --epochs 5 --patience null --live-norm"
+    """  # noqa: E501  one line is what it is about
+    flags = ["--policy", str(asked["policy"]), *_flags(asked, without=_LEFT_OUT)]
+    return _line(["frostline", "fit", str(asked["model"]), str(asked["data"]), *flags])
+
+
+def _compare_command(runs: Runs) -> tuple[str, tuple[str, ...]]:
+    assert runs.comparison is not None  # noqa: S101  the caller looked
+    spec = runs.comparison.spec
+    policies = [arm.policy for arm in spec.arms if arm.control is None]
+    controls = dict.fromkeys(arm.control for arm in spec.arms if arm.control is not None)
+    seeds = ",".join(map(str, spec.seeds))
+    if spec.seeds == tuple(range(len(spec.seeds))):
+        seeds = str(len(spec.seeds))
+    words = ["frostline", "compare", str(spec.settings["model"]), str(spec.settings["data"])]
+    words += ["--policies", *policies, "--seeds", seeds]
+    words += ["--controls", *controls] if controls else []
+    words += ["--reference", spec.reference, "--margin", str(spec.margin)]
+    words += _flags(spec.settings, without=_LEFT_OUT | _OF_A_STUDY)
+    own = [arm.name for arm in spec.arms if arm.settings and arm.control is None]
+    note = f"settings of their own, which only Python can give: {', '.join(own)}; see study.json"
+    return _line(words), ((note,) if own else ())
+
+
+def _flags(given: Mapping[str, Any], *, without: set[str]) -> list[str]:
+    words: list[str] = []
+    switches: list[str] = []
+    for name, field in RunConfig.model_fields.items():
+        if name in without or name not in given or given[name] == field.default:
+            continue
+        flag, value = name.replace("_", "-"), given[name]
+        if isinstance(value, bool):
+            switches.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", _written(value)]
+    return [*words, *switches]
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "null"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _line(words: Sequence[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def _versions(runs: Sequence[ReportRun]) -> dict[str, str]:
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        header = run.record.header
+        costs: Mapping[str, Any] = header.get("costs", {})
+        values = {"frostline": header.get("frostline")} | {
+            name: costs.get(name) for name in ("python", "torch", "device", "machine", "threads")
+        }
+        for name, value in values.items():
+            if value is not None:
+                found.setdefault(name, {})[str(value)] = None
+    return {name: " or ".join(values) for name, values in found.items()}
+
+
+def _settings(runs: Sequence[ReportRun]) -> dict[str, str]:
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, value in run.config.items():
+            if name not in ("output", "cache_dir"):
+                found.setdefault(name, {})[_written(value)] = None
+    return {name: " · ".join(values) for name, values in sorted(found.items())}
