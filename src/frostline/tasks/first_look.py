@@ -29,7 +29,7 @@ __all__ = ["FirstLook", "first_look", "measured_signals", "wanted"]
 
 #: Most training samples that are looked at; with more, probes and heads hardly change any more.
 _MOST_SAMPLES = 5000
-#: Standard errors of accuracy given up for a head that is less sure of itself. With one, the penalty
+#: Standard errors of accuracy given up for a head less sure of itself. With one, the penalty
 #: was too weak in one of four cases: trec6 lost four points with that seed.
 _ERRORS = 2.0
 

@@ -561,7 +561,7 @@ def _inverse_strength(known: Floats, y: NDArray[np.int64], seed: int, errors: fl
     for strength in _INVERSE_STRENGTHS:
         regression = _fitted(known[fitted], y[fitted], strength)
         losses.append(_loss(regression, known[asked], y[asked]))
-        right.append(float((regression.predict(known[asked]) == y[asked]).mean()))
+        right.append(float(regression.score(known[asked], y[asked])))
         if losses[-1] > min(losses):  # it only gets worse: the loss is all but convex in it
             break
     if not errors:
