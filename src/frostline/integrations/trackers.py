@@ -160,7 +160,7 @@ class _MLflow:
     def __init__(self, about: About) -> None:
         # Its store of plain files asks for this; a data base would need the whole of MLflow.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        from mlflow import MlflowClient  # noqa: PLC0415  each when it is used
+        from mlflow import MlflowClient  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
         from mlflow.entities import Metric  # noqa: PLC0415
 
         self._metric = Metric
@@ -215,7 +215,7 @@ class _WandB:
     """An offline run, for `wandb sync`, unless ``WANDB_MODE`` says otherwise."""
 
     def __init__(self, about: About) -> None:
-        import wandb  # noqa: PLC0415  each when it is used
+        import wandb  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or _PROJECT,
@@ -247,7 +247,8 @@ class _Trackio:
 
     def __init__(self, about: About) -> None:
         os.environ.setdefault("TRACKIO_DIR", str((about.folder / "trackio").absolute()))
-        import trackio  # noqa: PLC0415  it reads the variable when it is imported
+        # It reads the variable when it is imported.
+        import trackio  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT") or _PROJECT,
