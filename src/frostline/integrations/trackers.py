@@ -161,7 +161,7 @@ class _MLflow:
         # Its store of plain files asks for this; a data base would need the whole of MLflow.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-        from mlflow.entities import Metric  # noqa: PLC0415
+        from mlflow.entities import Metric  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
         self._metric = Metric
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (about.folder / "mlflow").absolute().as_uri()
