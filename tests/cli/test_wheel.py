@@ -40,7 +40,7 @@ def test_every_module_the_evidence_and_the_type_marker_are_inside(wheel):
     ours = {
         str(path.relative_to(ROOT / "src"))
         for path in (ROOT / "src/frostline").rglob("*")
-        if path.suffix in (".py", ".typed", ".json")
+        if path.suffix in (".py", ".typed", ".json", ".html", ".css", ".js")
     }
     assert ours == inside
     assert "frostline/py.typed" in inside
