@@ -49,7 +49,7 @@ def _until(url: str, text: str) -> str:
 @pytest.mark.parametrize("charts", [True, False])
 def test_the_page_follows_the_run(tmp_path, finished, charts):
     epochs = [i for i, line in enumerate(finished) if b'"kind":"epoch"' in line]
-    accuracy = json.loads(finished[epochs[0]])["metrics"]["val_accuracy"]
+    accuracy = json.loads(finished[epochs[0]])["data"]["metrics"]["val_accuracy"]
     record = tmp_path / "runs/first-001/record.jsonl"
     record.parent.mkdir(parents=True)
     record.write_bytes(b"".join(finished[: epochs[0]]))

@@ -182,7 +182,7 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
 def test_the_card_says_what_matters_and_runs_no_markup(saved: Path) -> None:
     card = (saved / "README.md").read_text()
     assert "dark" in card
-    assert "policy gradual" in card
+    assert "policy auto" in card
     assert "Nothing was measured" in card
     config = load_config(None, {"model": "m`\n# x", "data": "/private/place/</script>"})
     hostile = describe(config, {"classes": {"[a](b)\x1b": 3}}, {"acc": 0.5})
