@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,10 @@ def _listen(port: int) -> Any:
             fix="pip install 'frostline[live]'",
         ) from error
     try:
+        # waitress does not close its socket where the port is taken, so one of ours asks first.
+        with socket.socket() as asking:
+            asking.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            asking.bind((HOST, port))
         server: Any = create_server(_not_yet, host=HOST, port=port, **_LIMITS)
     except OSError as error:
         raise StorageError(
