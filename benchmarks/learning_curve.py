@@ -25,7 +25,7 @@ from typing import Any
 from bench import RESULTS, processor
 from pairs import pairs
 
-from frostline.study.learning_curve import LearningCurve, SizePoint, read_curve, run_curve
+from frostline.study.learning_curve import LearningCurve, SizePoint, read_curve, rising, run_curve
 from frostline.study.runner import StudyFolder
 
 PATH = RESULTS / "learning_curve.json"
@@ -96,7 +96,7 @@ def page(log: Mapping[str, Any]) -> str:
             *(row(size, curve) for size in sizes),
             "",
             *(f"- {order.sentence}" for order in curve.orders()),
-            *(f"- {doubling(name, curve)}" for name in curve.policies),
+            *(f"- {rising(name, curve)}" for name in curve.policies),
             *(f"- {note}" for note in curve.notes if not note.endswith("not finished")),
         ]
     return "\n".join(lines) + "\n"
@@ -114,17 +114,6 @@ def cell(point: SizePoint) -> str:
     if point.low is None or point.high is None:
         return text
     return f"{text} ({100 * point.low:.1f} to {100 * point.high:.1f})"
-
-
-def doubling(name: str, curve: LearningCurve) -> str:
-    """What the last doubling of the data brought."""
-    rise = curve.rise(name)
-    if rise is None:
-        return f"{name}: no two sizes to compare"
-    text = f"{name}: the last doubling of the data brought {100 * rise.difference:+.1f} points"
-    if rise.low is None or rise.high is None:
-        return text
-    return f"{text} ({100 * rise.low:+.1f} to {100 * rise.high:+.1f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from frostline.select import Selector, select
 from frostline.signals import Need
 
 __all__ = [
+    "Around",
     "Bootstrap",
     "CostVeto",
     "Discriminative",
@@ -192,7 +193,7 @@ class Then(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class _Around(Policy):
+class Around(Policy):
     """A policy around another one."""
 
     policy: Policy
@@ -211,7 +212,7 @@ class _Around(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class _Wrapper(_Around):
+class _Wrapper(Around):
     """A policy that changes the plan of another one and keeps no state of its own."""
 
     def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
@@ -409,7 +410,7 @@ def slanted_rate(step: int, total: int, cut: float = 0.1, ratio: float = 32.0) -
 
 
 @dataclass(frozen=True, slots=True)
-class Every(_Around):
+class Every(Around):
     """Ask the inner policy only once per interval; in between its last plan holds.
 
     Attributes:
@@ -444,7 +445,7 @@ _NOT_WORTH_IT = "cost-veto: freezing would save less than the change of plan cos
 
 
 @dataclass(frozen=True, slots=True)
-class CostVeto(_Around):
+class CostVeto(Around):
     """Refuse freezing that saves less over the rest of the run than it costs to switch.
 
     Attributes:
@@ -481,7 +482,7 @@ class CostVeto(_Around):
 
 
 @dataclass(frozen=True, slots=True)
-class Guard(_Around):
+class Guard(Around):
     """Unfreeze everything while a validation metric is worse than its best by too much.
 
     Attributes:
@@ -533,7 +534,7 @@ class Guard(_Around):
 
 
 @dataclass(frozen=True, slots=True)
-class Placebo(_Around):
+class Placebo(Around):
     """A control: the same rule fed the same signal values, shuffled between groups.
 
     If a policy does no better than its placebo, its signals carried no information.

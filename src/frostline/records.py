@@ -23,6 +23,8 @@ from frostline.policy import Decision
 
 __all__ = [
     "COLUMNS",
+    "DIAGNOSIS_NAME",
+    "PROBES_NAME",
     "RECORD_NAME",
     "Row",
     "RunRecord",
@@ -33,6 +35,9 @@ __all__ = [
 ]
 
 RECORD_NAME = "record.jsonl"
+#: What may lie beside it: probes of the layer groups, and a diagnosis.
+PROBES_NAME = "probes.json"
+DIAGNOSIS_NAME = "diagnosis.json"
 _FORMAT = 1
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import frostline
 from faulty_disk import QuickDisk, use_disk
-from frostline.study.diagnosis.diagnosing import DIAGNOSIS_NAME, PROBE_NAME
+from frostline.records import DIAGNOSIS_NAME, PROBES_NAME
 
 TASK = {"model": "tiny_task:tiny_model", "data": "tiny_task:tiny_data"}
 QUICK = {"epochs": 2, "batch_size": 16, "lr": 0.01, "threads": 1, "device": "cpu", "cache": "off"}
@@ -69,10 +69,10 @@ def test_what_is_kept_is_what_is_printed_and_the_run_is_as_it_was(cli, runs: Pat
     kept = json.loads((first / DIAGNOSIS_NAME).read_text())
     assert kept == json.loads(done.out)
     assert json.loads((runs / "linear-probe/seed-1" / DIAGNOSIS_NAME).read_text()) == kept
-    assert not (runs / "linear-probe/seed-1" / PROBE_NAME).exists()
+    assert not (runs / "linear-probe/seed-1" / PROBES_NAME).exists()
     assert (first / "record.jsonl").read_bytes() == record
     # The probe that was kept says the same.
-    again = cli("diagnose", runs / "linear-probe", "--probe-file", first / PROBE_NAME, "--json")
+    again = cli("diagnose", runs / "linear-probe", "--probe-file", first / PROBES_NAME, "--json")
     assert again.err == ""
     assert json.loads(again.out) == kept
     # It is read without being named, too, as the one that `auto` leaves is.

@@ -14,7 +14,8 @@ from cyclopts import Parameter
 
 from frostline.cli.terminal import console, escape, print_json
 from frostline.errors import UsageError
-from frostline.records import RECORD_NAME
+from frostline.records import PROBES_NAME, RECORD_NAME
+from frostline.text import percent_text
 
 if TYPE_CHECKING:
     from frostline.study.diagnosis import Diagnosis, Evidence, Finding
@@ -74,11 +75,10 @@ def diagnose(
         )
     from frostline.study.diagnosis import diagnose as diagnose_runs
     from frostline.study.diagnosis import save_diagnosis
-    from frostline.study.diagnosis.diagnosing import PROBE_NAME
     from frostline.study.learning_curve import read_curve
 
     folders = _expanded(runs)
-    own = folders[0] / PROBE_NAME  # a run under auto has one
+    own = folders[0] / PROBES_NAME  # a run under auto has one
     file = own if probe_file is None and not probe and own.is_file() else probe_file
     probed = _probed(folders[0], file) if probe or file is not None else None
     found = diagnose_runs(
@@ -119,7 +119,7 @@ def _probed(run: Path, file: Path | None) -> ProbeCurve:
 def _print(found: Diagnosis, *, considered: bool) -> None:
     count = len(found.runs)
     runs = "".join(found.runs) if count == 1 else f"{count} runs"
-    accuracy = "" if found.val_accuracy is None else f", {100 * found.val_accuracy:.1f} % right"
+    accuracy = "" if found.val_accuracy is None else f", {percent_text(found.val_accuracy)} right"
     _say(f"{runs}: {found.policy}{accuracy} on validation data")
     for finding in found.findings:
         _say("")

@@ -15,8 +15,8 @@ from cyclopts import Parameter
 
 from frostline.cli.compare import follow_runs, required
 from frostline.cli.flags import config_flags, overrides
-from frostline.cli.results import seconds_text
 from frostline.cli.terminal import console, escape, print_json, print_table
+from frostline.text import percent_text, seconds_text
 
 __all__ = ["sweep"]
 
@@ -89,7 +89,7 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
             row.state,
             row.epochs,
             row.samples,
-            None if row.val_accuracy is None else f"{100 * row.val_accuracy:.1f} %",
+            percent_text(row.val_accuracy),
             seconds_text(row.training_s),
         )
         for row in found.rows

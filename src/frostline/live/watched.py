@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from frostline.errors import DataError, FrostlineError
-from frostline.records import RECORD_NAME
+from frostline.records import DIAGNOSIS_NAME, PROBES_NAME, RECORD_NAME
 
 __all__ = ["Page", "Phase", "Render", "State", "Watched"]
 
@@ -31,7 +31,7 @@ Phase = Literal["waiting", "unfinished", "finished"]
 _REST = 19.0
 #: A study has its runs three folders down: runs/ARM/seed-N.
 _DEEPEST = 4
-_BESIDE = ("summary.json", "predictions.csv", "certificate.json", "probes.json", "diagnosis.json")
+_BESIDE = ("summary.json", "predictions.csv", "certificate.json", PROBES_NAME, DIAGNOSIS_NAME)
 
 
 @dataclass(frozen=True, slots=True)

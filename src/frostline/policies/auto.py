@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from frostline.clock import Duration
+from frostline.compose import Around, kept_plan, kept_text
 from frostline.cost import check_measured, predicted_step_s
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
@@ -21,6 +22,7 @@ from frostline.policies.common import (
     check_options,
     finite,
     freeze_first,
+    improved,
     metric,
 )
 from frostline.policy import Event, EventKind, Policy, State
@@ -108,18 +110,7 @@ class ProbeDepth(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class _Around(Policy):
-    """A policy around another one."""
-
-    policy: Policy
-
-    def notice(self) -> str:
-        """What the inner policy has to say."""
-        return self.policy.notice()
-
-
-@dataclass(frozen=True, slots=True)
-class Affordable(_Around):
+class Affordable(Around):
     """Freeze further groups, from the input on, until a step costs no more than allowed.
 
     Both costs are predicted from what was measured before training: the time of a step by
@@ -138,33 +129,41 @@ class Affordable(_Around):
     def __post_init__(self) -> None:
         check_options(self, {"time": 0 < self.time <= 1, "memory": 0 < self.memory <= 1})
 
-    def needs(self) -> tuple[Need, ...]:
-        """What the inner policy needs."""
-        return self.policy.needs()
-
     def init(self, groups: LayerGroups) -> State:
         """The inner state; raises if costs were never measured and some bound is set."""
         if min(self.time, self.memory) < 1:
             check_measured(groups, "bound the cost of a step")
-        return self.policy.init(groups)
+        return {"inner": self.policy.init(groups), "wanted": None, "plan": None}
 
     def decide(self, groups: LayerGroups, state: State, event: Event) -> Decided:
         """The inner plan, and as long a frozen prefix as the bounds ask for."""
-        plan, state = self.policy.decide(groups, state, event)
-        if min(self.time, self.memory) == 1 or self._within(groups, plan):
+        plan, inner = self.policy.decide(groups, state["inner"], event)
+        state = state | {"inner": inner}
+        if min(self.time, self.memory) == 1:
             return plan, state
+        # Asked at every step, and dear: the answer is kept for as long as the wish is the same.
+        if (wanted := kept_text(plan)) != state["wanted"]:
+            state |= {"wanted": wanted, "plan": kept_text(self._bounded(groups, plan))}
+        return kept_plan(state["plan"]), state
+
+    def _bounded(self, groups: LayerGroups, plan: FreezePlan) -> FreezePlan:
+        full = FreezePlan()
+        most_s = self.time * predicted_step_s(groups, full) + 1e-12
+        most_bytes = self.memory * _activations(groups, full)
+
+        def fits(candidate: FreezePlan) -> bool:
+            cheap = predicted_step_s(groups, candidate) <= most_s
+            return cheap and _activations(groups, candidate) <= most_bytes
+
         names = backbone(groups)
+        if fits(plan):
+            return plan
         for count in range(1, len(names) + 1):
             more = replace(plan, frozen=plan.frozen | frozenset(names[:count]), exempt={})
-            if self._within(groups, more) or count == len(names):
+            if fits(more) or count == len(names):
                 why = f"; the first {count} frozen to keep a step within {self._bounds()}"
-                return more.because(plan.reason + why), state
-        return plan, state  # no backbone
-
-    def _within(self, groups: LayerGroups, plan: FreezePlan) -> bool:
-        full = FreezePlan()
-        time = predicted_step_s(groups, plan) <= self.time * predicted_step_s(groups, full) + 1e-12
-        return time and _activations(groups, plan) <= self.memory * _activations(groups, full)
+                return more.because(plan.reason + why)
+        return plan  # no backbone
 
     def _bounds(self) -> str:
         bounds = {"time": self.time, "memory": self.memory}
@@ -179,7 +178,7 @@ def _activations(groups: LayerGroups, plan: FreezePlan) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Steer(_Around):
+class Steer(Around):
     """Unfreeze deeper when training underfits, freeze more when it overfits, by validation.
 
     Training stalls when in `patience` evaluations in a row neither the metric nor the validation
@@ -245,9 +244,9 @@ class Steer(_Around):
     def _judge(self, names: Sequence[str], start: int, state: State, event: Event) -> State:
         value, metrics = metric(event, self.metric), event.metrics
         train = metrics.get("train_loss", math.nan)
-        better = _better(value, state["best"], self.mode)
+        better = improved(value, state["best"], self.mode)
         accuracy = metrics.get("val_accuracy", math.nan)
-        more = _better(accuracy, state["accuracy"], "max")
+        more = improved(accuracy, state["accuracy"], "max")
         known: dict[str, Any] = {"train": train if math.isfinite(train) else None, "bad": 0}
         if better:
             known["best"] = value
@@ -303,13 +302,6 @@ class Steer(_Around):
 def _prefix(names: Sequence[str], plan: FreezePlan) -> int:
     """How many groups of the backbone, from the input on, train nothing."""
     return next((i for i, n in enumerate(names) if n not in plan.frozen), len(names))
-
-
-def _better(value: float, best: float | None, mode: str) -> bool:
-    """Whether a value beats the best so far; what is no number never does."""
-    if not math.isfinite(value):
-        return False
-    return best is None or (value < best if mode == "min" else value > best)
 
 
 def _shown(value: float | None) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "freeze_first",
     "freeze_only",
     "freeze_parameters",
+    "improved",
     "input_end",
     "metric",
     "new_reading",
@@ -123,6 +124,22 @@ def metric(event: Event, name: str) -> float:
         PolicyError: the evaluation has no metric of this name.
     """
     return read_metric(event.metrics, name, f"decide on the metric {name!r}")
+
+
+def improved(value: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
+    """Whether a value beats the best so far by more than `min_delta`; what is no number never does.
+
+    Infinities do not, either: kept as a best they would not survive JSON.
+
+    Example:
+        >>> improved(0.4, None, "min"), improved(0.4, 0.5, "min"), improved(0.4, 0.5, "max")
+        (True, True, False)
+        >>> improved(float("nan"), None, "min"), improved(0.4, 0.5, "min", min_delta=0.2)
+        (False, False)
+    """
+    if not math.isfinite(value):
+        return False
+    return best is None or (best - value if mode == "min" else value - best) > min_delta
 
 
 def choice(seed: int, *turn: object) -> random.Random:

@@ -14,7 +14,7 @@ from frostline.errors import PolicyError, few
 from frostline.groups import LayerGroup, LayerGroups, TensorInfo
 from frostline.phase_file import Phase, PhaseList, read_phases
 from frostline.plan import FreezePlan
-from frostline.policies.common import metric
+from frostline.policies.common import improved, metric
 from frostline.policy import Event, EventKind, Policy, State
 from frostline.select import Selector
 
@@ -99,10 +99,8 @@ class _Phased(Policy):
         phase = self.phases(groups)[state["phase"]]
         if phase.patience is None:
             return state
-        sign = 1.0 if phase.mode == "min" else -1.0
         value, best = metric(event, phase.metric), state["best"]
-        # NaN is never an improvement; infinities would not survive JSON.
-        if math.isfinite(value) and (best is None or sign * (best - value) > phase.min_delta):
+        if improved(value, best, phase.mode, phase.min_delta):
             return state | {"best": value, "bad": 0}
         state = state | {"bad": state["bad"] + 1}
         if state["bad"] < phase.patience:

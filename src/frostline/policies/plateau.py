@@ -9,7 +9,7 @@ from typing import Literal
 from frostline.errors import PolicyError
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
-from frostline.policies.common import backbone, freeze_first, metric
+from frostline.policies.common import backbone, freeze_first, improved, metric
 from frostline.policy import Event, EventKind, Policy, State
 
 __all__ = ["Plateau"]
@@ -107,9 +107,8 @@ class Plateau(Policy):
         return plan, state
 
     def _judge(self, state: State, value: float, total: int) -> State:
-        best, sign = state["best"], 1.0 if self.mode == "min" else -1.0
-        # NaN is never an improvement; infinities would not survive JSON.
-        if math.isfinite(value) and (best is None or sign * (best - value) > self.min_delta):
+        best = state["best"]
+        if improved(value, best, self.mode, self.min_delta):
             return state | {"best": value, "bad": 0, "wait": max(0, state["wait"] - 1)}
         if state["wait"]:
             return state | {"wait": state["wait"] - 1}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from frostline import _io
 from frostline.errors import DamagedFile, DataError
-from frostline.records import RECORD_NAME, RunRecord, read_run
+from frostline.records import DIAGNOSIS_NAME, PROBES_NAME, RECORD_NAME, RunRecord, read_run
 
 if TYPE_CHECKING:
     from frostline.study.analysis import Comparison
@@ -162,8 +162,8 @@ def _read_one(folder: Path) -> ReportRun:
         record=record,
         proof=_proof(record),
         predictions=_predictions(folder / "predictions.csv"),
-        probes=_beside(folder / "probes.json"),
-        diagnosis=_beside(folder / "diagnosis.json"),
+        probes=_beside(folder / PROBES_NAME),
+        diagnosis=_beside(folder / DIAGNOSIS_NAME),
     )
 
 
@@ -293,6 +293,6 @@ def _read_study(path: Path) -> Runs:
         arms=tuple(dict.fromkeys(run.arm for run in runs)),
         reference=comparison.spec.reference,
         comparison=comparison,
-        diagnosis=_beside(path / "diagnosis.json"),
+        diagnosis=_beside(path / DIAGNOSIS_NAME),
         failures=failures,
     )

@@ -43,6 +43,7 @@ __all__ = [
     "learning_curve",
     "read_curve",
     "resolve_sizes",
+    "rising",
     "run_curve",
 ]
 
@@ -219,7 +220,7 @@ class LearningCurve:
     def sentence(self) -> str:
         """What the curves say of the order of the policies, a sentence per pair."""
         if len(self.policies) == 1:
-            return _rising(next(iter(self.policies)), self)
+            return rising(next(iter(self.policies)), self)
         return " ".join(order.sentence for order in self.orders())
 
     def to_json(self) -> dict[str, Any]:
@@ -670,7 +671,8 @@ def _ground(order: Order) -> str:
     return f"shown with {seeds} seeds: {', '.join(shown) or 'no difference at any size'}"
 
 
-def _rising(name: str, curve: LearningCurve) -> str:
+def rising(name: str, curve: LearningCurve) -> str:
+    """What the last doubling of the data brought a policy, in a sentence."""
     rise = curve.rise(name)
     if rise is None:
         return f"{name} was run on one size alone, which says nothing of more data."

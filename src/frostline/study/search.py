@@ -182,10 +182,12 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
         raise ConfigError(f"halve over {over!r}", found="neither 'epochs' nor 'data'")
     spec = declare(given, policies, seeds=[seed])
     config = RunConfig(**spec.settings)
-    samples = len(read_data(config).targets("train"))
-    first = first if first is not None else 1 if over == "epochs" else _FIRST_SAMPLES
-    steps = rungs(config.epochs if over == "epochs" else samples, first=first, factor=factor)
-    climb = _climb_epochs if over == "epochs" else _climb_data
+    if over == "epochs":
+        first, whole_run = first if first is not None else 1, config.epochs
+    else:
+        first = first if first is not None else _FIRST_SAMPLES
+        whole_run = len(read_data(config).targets("train"))
+    steps = rungs(whole_run, first=first, factor=factor)
     suffix = "" if over == "epochs" else "-data"
     path = Path(output)
     with open_study(path, spec) as (folder, whole), _quiet():
@@ -204,10 +206,11 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
             trial = trials.ask()
             key = TrialKey(trial.user_attrs[_ARM], seed)
             say = _saying(whole, key, on_event)
-            state = climb(folder, whole, key, steps, trial, isolate=isolate, say=say)
+            state = _climb(folder, whole, key, steps, trial, over=over, isolate=isolate, say=say)
             score = _score(folder.run(key)) if state is TrialState.COMPLETE else None
             trials.tell(trial, score, state)
         rows = _rows(trials, folder, whole, seed)
+        samples = whole_run if over == "data" else max(row.samples for row in rows)
         return Sweep(path, rows, config.epochs, samples)
 
 
@@ -236,55 +239,36 @@ def _enqueue(trials: optuna.Study, arms: Sequence[str]) -> None:
             trials.enqueue_trial({}, user_attrs={_ARM: arm})
 
 
-def _climb_epochs(
+def _climb(
     folder: StudyFolder,
     spec: StudySpec,
     key: TrialKey,
     steps: Sequence[int],
     trial: optuna.Trial,
     *,
+    over: Over,
     isolate: bool,
     say: OnEvent,
 ) -> TrialState:
-    """One run from pause to pause, until it is stopped or done."""
-    settings = run_settings(spec, spec[key.arm], key.seed, folder.run(key))
+    """One policy from rung to rung, until it is stopped or done.
+
+    A rung over epochs is a pause of the one run; over data it is a run of its own.
+    """
     for step in steps:
         last = step == steps[-1]
-        paused = settings | {"pause_after": None if last else step}
-        if not _trained(folder, key, paused, trial, isolate=isolate, say=say):
+        part = over == "data" and not last
+        place = _part(folder, key, step) if part else folder.run(key)
+        settings = run_settings(spec, spec[key.arm], key.seed, place)
+        if not last:
+            settings["train_samples" if part else "pause_after"] = step
+        if not _trained(folder, key, settings, trial, isolate=isolate, say=say):
             return TrialState.FAIL
-        trial.report(_score(folder.run(key)), step)
-        if last or read_run(folder.run(key)).finished:  # patience may end it before
+        trial.report(_score(place), step)
+        if last or (over == "epochs" and read_run(place).finished):  # patience may end it before
             return TrialState.COMPLETE
         if trial.should_prune():
             return TrialState.PRUNED
     raise AssertionError("the last rung ends the run")
-
-
-def _climb_data(
-    folder: StudyFolder,
-    spec: StudySpec,
-    key: TrialKey,
-    steps: Sequence[int],
-    trial: optuna.Trial,
-    *,
-    isolate: bool,
-    say: OnEvent,
-) -> TrialState:
-    """A run for each part of the data, until one is not good enough or was of all data."""
-    for step in steps:
-        last = step == steps[-1]
-        place = folder.run(key) if last else _part(folder, key, step)
-        settings = run_settings(spec, spec[key.arm], key.seed, place)
-        settings |= {} if last else {"train_samples": step}
-        if not _trained(folder, key, settings, trial, isolate=isolate, say=say):
-            return TrialState.FAIL
-        trial.report(_score(place), step)
-        if last:
-            return TrialState.COMPLETE
-        if trial.should_prune():
-            return TrialState.PRUNED
-    raise AssertionError("the last rung is all data")
 
 
 def _part(folder: StudyFolder, key: TrialKey, samples: int) -> Path:

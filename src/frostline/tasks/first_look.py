@@ -89,8 +89,6 @@ def first_look(
     """
     start = time.perf_counter()
     need("sklearn", extra="study")
-    from frostline.tasks import probes as probing  # noqa: PLC0415 - scikit-learn is optional
-
     notes: list[str] = []
     curve, head = None, "random, as asked"
     try:
@@ -102,11 +100,13 @@ def first_look(
         return FirstLook(None, "random: no features", tuple(notes), time.perf_counter() - start)
     notes += train.notes
     if probes:
+        from frostline.tasks.probes import probe_curve  # noqa: PLC0415 - scikit-learn is optional
+
         try:
             val = collect_features(
                 task, model, task.val, groups, device=device, limit=_MOST_SAMPLES
             )
-            curve = probing.probe_curve(train, val, seed=task.config.seed)
+            curve = probe_curve(train, val, seed=task.config.seed)
         except (DataError, ModelError) as error:
             notes.append(f"no probes: {error.found}")
     if solve:
@@ -115,11 +115,11 @@ def first_look(
 
 
 def _solve(train: Features, model: nn.Module, classes: int, seed: int) -> str:
-    from frostline.tasks import probes as probing  # noqa: PLC0415 - scikit-learn is optional
+    from frostline.tasks.probes import solved_head  # noqa: PLC0415 - scikit-learn is optional
 
     try:
         # What follows is fine-tuning: a head that leaves it something to do.
-        found = probing.solved_head(train, classes=classes, seed=seed, errors=_ERRORS)
+        found = solved_head(train, classes=classes, seed=seed, errors=_ERRORS)
     except (DataError, TrainingError) as error:
         return f"random: {error.found}"
     if found is None:

@@ -17,7 +17,7 @@ import filelock
 
 from frostline import _io
 from frostline.errors import ConfigError, FrostlineError, StorageError
-from frostline.records import RECORD_NAME, read_run
+from frostline.records import PROBES_NAME, RECORD_NAME, read_run
 from frostline.tasks.config import RunConfig
 
 __all__ = ["RunFolder", "asked_settings", "claim", "log_to"]
@@ -75,7 +75,7 @@ class RunFolder:
     @property
     def probes(self) -> Path:
         """Probes of the layer groups before training, where the policy reads them."""
-        return self.path / "probes.json"
+        return self.path / PROBES_NAME
 
     @property
     def certificate(self) -> Path:

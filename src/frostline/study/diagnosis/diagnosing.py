@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from frostline import _io
 from frostline.errors import UsageError, few
-from frostline.records import RunRecord, read_run
+from frostline.records import DIAGNOSIS_NAME, PROBES_NAME, RunRecord, read_run
 from frostline.study.diagnosis.case import Case, references_of
 from frostline.study.diagnosis.findings import Diagnosis
 from frostline.study.diagnosis.rules import RULES, nothing_wrong, with_missing
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
     from frostline.study.diagnosis.probing import ProbeCurve
     from frostline.study.learning_curve import LearningCurve
 
-__all__ = ["DIAGNOSIS_NAME", "PROBE_NAME", "diagnose", "save_diagnosis"]
-
-#: What is kept beside a record.
-DIAGNOSIS_NAME = "diagnosis.json"
-PROBE_NAME = "probes.json"
+__all__ = ["diagnose", "save_diagnosis"]
 
 Runs = Run | RunRecord | str | Path | Sequence[Run | RunRecord | str | Path]
 
@@ -100,7 +96,7 @@ def save_diagnosis(found: Diagnosis, *, probe: ProbeCurve | None = None) -> tupl
     """
     values = {Path(run) / DIAGNOSIS_NAME: found.to_json() for run in found.runs}
     if probe is not None:
-        values[Path(found.runs[0]) / PROBE_NAME] = probe.to_json()
+        values[Path(found.runs[0]) / PROBES_NAME] = probe.to_json()
     for path, value in values.items():
         _io.atomic_write_json(path, value)
     return tuple(values)
