@@ -245,7 +245,7 @@ _COMPUTE = {
 
 def _compute(_section: str, old: Any, new: Any) -> list[str]:
     def say(name: str, a: str, b: str) -> str:
-        text = _COMPUTE.get(name, f"{name} {{0}}, now {{1}}").format(a, b)
+        text = _COMPUTE.get(name, "{name} {0}, now {1}").format(a, b, name=name)
         return text.replace("with 1 threads", "with 1 thread")
 
     return _leaves(old, new, say)
