@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -476,18 +478,34 @@ def test_peak_growth_sees_what_was_used_and_freed() -> None:
     assert again < 8 * 2**20
 
 
+_PEAKS = """
+import json
+import torch
+from torch import nn
+from frostline.backends.torch.example import Example
+from frostline.backends.torch.grouping import layer_groups
+from frostline.frontier.foretell import foretell_steps
+
+torch.manual_seed(0)
+model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)), nn.Linear(512, 2))
+example = Example((torch.randn(256, 512),))
+found = foretell_steps(model, layer_groups(model, example), example, times=1, anchors=3)
+weights = sum(p.nbytes for p in model.parameters())
+print(json.dumps([weights, [c.peak_memory_bytes for c in found.depths]]))
+"""
+
+
 def test_peak_memory_counts_weights_and_falls_with_depth() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)), nn.Linear(512, 2))
-    example = Example((torch.randn(256, 512),))
-    found = foretell_steps(model, layer_groups(model, example), example, times=1, anchors=3)
-    peaks = [c.peak_memory_bytes for c in found.depths]
+    # A process of its own: what the allocator of an old one keeps is no matter of the model.
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAKS], capture_output=True, text=True, check=True, timeout=120
+    )
+    weights, peaks = json.loads(done.stdout)
     if None in peaks:
         pytest.skip("memory is not known on this system")
-    weights = sum(p.nbytes for p in model.parameters())
-    # Everything trains: gradients and two states besides the weights.
-    assert peaks[0] is not None and peaks[-1] is not None  # noqa: PT018
-    assert 3.5 * weights < peaks[0] < 8 * weights
+    # Everything trains: besides the weights gradients and two states, what the optimizer takes
+    # for the length of an update (twice the weights), and activations (1.2 times).
+    assert 3.5 * weights < peaks[0] < 10 * weights
     assert weights < peaks[-1] < 2.5 * weights
 
 
