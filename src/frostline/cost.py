@@ -210,7 +210,9 @@ def _trained(group: LayerGroup, plan: FreezePlan) -> float:
     """Share of the group's parameters that train: 0, 1, or between when some are exempt."""
     if group.name not in plan.frozen:
         return 1.0
-    exempt = plan.exempt.get(group.name, frozenset())
+    exempt = plan.exempt.get(group.name)
+    if not exempt:
+        return 0.0
     count = sum(p.count for p in group.parameters if p.name in exempt)
     return count / max(1, group.parameter_count)
 

@@ -170,15 +170,19 @@ def timeline(record: RunRecord, *, most_spans: int | None = None) -> Timeline:
     ends = [int(line["step"]) for line in record.epochs]
     decided = [decision.step for decision in record.decisions]
     end = max(1, int(record.summary.get("steps", 0)), *ends[-1:], *decided[-1:])
-    found = Timeline(
+    spans, coarse = _spans(groups, record.decisions, end), 1
+    if most_spans is not None:
+        spans, coarse = _coarser(spans, most_spans, coarse, end)
+    return Timeline(
         groups=groups,
         head=frozenset(record.header.get("head", ())),
         end_step=end,
         changes=tuple(_changes(record, sizes)),
-        spans=_spans(groups, record.decisions, end),
+        # What was seen is looked up for the spans that are left: they are far fewer.
+        spans=tuple(replace(s, signals=_seen(record.decisions, s)) for s in spans),
         epochs=tuple(ends),
+        coarse=coarse,
     )
-    return found if most_spans is None else coarser(found, most_spans)
 
 
 def coarser(found: Timeline, most_spans: int) -> Timeline:
@@ -191,51 +195,84 @@ def coarser(found: Timeline, most_spans: int) -> Timeline:
         found: a timeline.
         most_spans: the most that can be drawn.
     """
-    coarse, spans = found.coarse, found.spans
-    while len(spans) > most_spans and coarse < found.end_step:
+    spans, coarse = _coarser(found.spans, most_spans, found.coarse, found.end_step)
+    return replace(found, spans=tuple(spans), coarse=coarse)
+
+
+def _coarser(spans: Sequence[Span], most: int, coarse: int, end: int) -> tuple[Sequence[Span], int]:
+    """The spans and within how many updates decisions are drawn as one."""
+    if len(spans) <= most:
+        return spans, coarse
+    cuts = [(span, span.from_step, span.to_step) for span in spans]
+    # Nothing falls away before the shortest span is shorter than a step of the grid.
+    shortest = min(until - begin for _, begin, until in cuts)
+    while coarse * 2 <= shortest:
         coarse *= 2
-        spans = _merged(spans, coarse, found.end_step)
-    return replace(found, spans=spans, coarse=coarse)
+    while len(cuts) > most and coarse < end:
+        coarse *= 2
+        cuts = _merged(cuts, coarse, end)
+    return [
+        span
+        if (begin, until) == (span.from_step, span.to_step)
+        else replace(span, from_step=begin, to_step=until)
+        for span, begin, until in cuts
+    ], coarse
 
 
-def _merged(spans: Sequence[Span], coarse: int, end: int) -> tuple[Span, ...]:
+#: A span and where it begins and ends instead.
+_Cut = tuple[Span, int, int]
+
+
+def _merged(cuts: Sequence[_Cut], coarse: int, end: int) -> list[_Cut]:
     """Spans that begin and end at multiples of `coarse`; those in between are left out."""
-    kept: list[Span] = []
-    for span in spans:
-        begin = span.from_step // coarse * coarse
-        until = end if span.to_step == end else span.to_step // coarse * coarse
+    kept: list[_Cut] = []
+    for span, begin, until in cuts:
+        begin = begin // coarse * coarse  # noqa: PLW2901
+        until = end if until == end else until // coarse * coarse  # noqa: PLW2901
         if begin == until:
             continue
-        last = kept[-1] if kept and kept[-1].group == span.group else None
-        if last is not None and last.phase == span.phase:
-            kept[-1] = replace(last, to_step=until)
-        elif (begin, until) == (span.from_step, span.to_step):
-            kept.append(span)
+        if kept and kept[-1][0].group == span.group and kept[-1][0].phase == span.phase:
+            kept[-1] = *kept[-1][:2], until
         else:
-            kept.append(replace(span, from_step=begin, to_step=until))
-    return tuple(kept)
+            kept.append((span, begin, until))
+    return kept
 
 
-def _spans(groups: Sequence[str], decisions: Sequence[Decision], end: int) -> tuple[Span, ...]:
+def _spans(groups: Sequence[str], decisions: Sequence[Decision], end: int) -> list[Span]:
     """Spans group by group; of decisions at the same update the last one counts."""
     last = {d.step: place for place, d in enumerate(decisions) if d.step < end}
-    begun = [(step if i else 0, place, decisions[place]) for i, (step, place) in
-             enumerate(last.items())] or [(0, 0, Decision(0, FreezePlan()))]  # fmt: skip
-    found: list[Span] = []
-    for group in groups:
-        begin, first, decision = begun[0]
-        phase = Phase.of(group, decision.plan)
-        for step, place, later in begun[1:]:
-            if (now := Phase.of(group, later.plan)) is not phase and now != phase:
-                found.append(Span(group, phase, begin, step, first, _seen(decision, group)))
-                begin, first, decision, phase = step, place, later, now
-        found.append(Span(group, phase, begin, end, first, _seen(decision, group)))
-    return tuple(found)
+    begun = [(step if i else 0, place, decisions[place].plan) for i, (step, place) in
+             enumerate(last.items())] or [(0, 0, FreezePlan())]  # fmt: skip
+    (_, place, plan), *later = begun
+    opened = {group: (Phase.of(group, plan), 0, place) for group in groups}
+    found: dict[str, list[Span]] = {group: [] for group in groups}
+    for step, place, now in later:
+        for group in _touched(groups, plan, now):
+            phase, begin, first = opened[group]
+            if (new := Phase.of(group, now)) is not phase and new != phase:
+                found[group].append(Span(group, phase, begin, step, first))
+                opened[group] = new, step, place
+        plan = now
+    for group, (phase, begin, first) in opened.items():
+        found[group].append(Span(group, phase, begin, end, first))
+    return [span for spans in found.values() for span in spans]
 
 
-def _seen(decision: Decision, group: str) -> dict[str, float]:
+def _touched(groups: Sequence[str], before: FreezePlan, now: FreezePlan) -> Iterable[str]:
+    """Groups that may do something else under the later plan."""
+    if (before.exempt, before.lr_scale, before.live_norm) == (
+        now.exempt,
+        now.lr_scale,
+        now.live_norm,
+    ):
+        return (before.frozen ^ now.frozen).intersection(groups)
+    return groups
+
+
+def _seen(decisions: Sequence[Decision], span: Span) -> dict[str, float]:
+    signals = decisions[span.change].signals if decisions else {}
     return {
-        name: float(values[group]) for name, values in decision.signals.items() if group in values
+        name: float(values[span.group]) for name, values in signals.items() if span.group in values
     }
 
 
