@@ -6,6 +6,8 @@ Keras backend of its process, and looks at the bits of what should be frozen and
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +17,12 @@ from typing import Any, Protocol
 
 import keras
 import numpy as np
+
+from frostline.backends.keras.backend import KerasBackend
+from frostline.groups import LayerGroups
+from frostline.integrations.keras import FreezeCallback
+from frostline.plan import FreezePlan
+from frostline.policy import Event, Policy, State
 
 BATCH, BATCHES = 8, 4
 #: Updates before the change in the middle of a run: one epoch.
@@ -157,20 +165,23 @@ def watched(outcome: Outcome) -> Iterator[None]:
 # -- Frostline's side -------------------------------------------------------------------------
 
 
-def freezing(before: tuple[str, ...], after: tuple[str, ...] | None = None) -> Any:
-    """`FreezeCallback` that freezes these layers' groups, and others from the change on."""
-    from frostline.integrations.keras import FreezeCallback
-    from frostline.plan import FreezePlan
-    from frostline.policy import Policy
+@dataclass(frozen=True)
+class Scripted(Policy):
+    """Freezes the groups of these layers, and from the change on of others."""
 
-    class Scripted(Policy):
-        def decide(self, groups: Any, state: Any, event: Any) -> Any:
-            late = after is not None and event.progress.step >= CHANGE
-            names = after if late and after is not None else before
-            found = frozenset(g.name for g in groups if g.name.rpartition("/")[2] in names)
-            return FreezePlan(frozen=found), state
+    before: tuple[str, ...]
+    after: tuple[str, ...]
 
-    return FreezeCallback(Scripted())
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        """By the clock alone."""
+        names = self.after if event.progress.step >= CHANGE else self.before
+        found = frozenset(g.name for g in groups if g.name.rpartition("/")[2] in names)
+        return FreezePlan(frozen=found), state
+
+
+def freezing(before: tuple[str, ...], after: tuple[str, ...] | None = None) -> FreezeCallback:
+    """The callback that freezes these layers' groups, and others from the change on."""
+    return FreezeCallback(Scripted(before, before if after is None else after))
 
 
 # -- the cases --------------------------------------------------------------------------------
@@ -181,7 +192,8 @@ class Case(Protocol):
 
     __name__: str
 
-    def __call__(self, frostline: bool) -> Outcome: ...
+    def __call__(self, frostline: bool) -> Outcome:  # noqa: D102
+        ...
 
 
 CASES: dict[str, tuple[str, Case]] = {}
@@ -336,6 +348,20 @@ def ema_end_of_fit(frostline: bool) -> Outcome:
     return found
 
 
+@case("EMA: `fit` a second time")
+def ema_second_fit(frostline: bool) -> Outcome:
+    model = compiled(network(norm=False), keras.optimizers.SGD(0.1, use_ema=True))
+    found, tool = Outcome(), []
+    with watched(found):
+        if frostline:
+            tool = [freezing(("body",))]
+        fit(model, *tool)
+        before = bits_of(model, "head")
+        fit(model, *tool)
+        found.stuck = same(before, bits_of(model, "head"))
+    return found
+
+
 @case("freezing by zeroed gradients, with momentum and weight decay")
 def zero_gradients(frostline: bool) -> Outcome:
     """The recipe of gradient masks: the optimizer gets zeros for what should stay."""
@@ -376,12 +402,12 @@ def accumulation(frostline: bool) -> Outcome:
     found = Outcome()
     with watched(found):
         if frostline:
-            backend = _backend(model, optimizer)
+            backend = KerasBackend(model, optimizer=optimizer)
             group = next(g.name for g in backend.groups if g.name.rpartition("/")[2] == "body")
             _gradients(optimizer, [(body, one), (head, one)])
-            _apply(backend, frozenset({group}))
+            backend.apply(FreezePlan(frozen=frozenset({group})))
             _gradients(optimizer, [(head, one)])
-            _apply(backend, frozenset())
+            backend.apply(FreezePlan())
         else:
             _gradients(optimizer, [(body, one), (head, one)])
             _gradients(optimizer, [(head, one)])
@@ -509,14 +535,14 @@ def adam_jump(frostline: bool) -> Outcome:
     body, head = model.get_layer("body").kernel, model.get_layer("head").kernel
     one, found = keras.ops.ones_like, Outcome()
     with watched(found):
-        backend = _backend(model, optimizer) if frostline else None
+        backend = KerasBackend(model, optimizer=optimizer) if frostline else None
         if backend is not None:
             group = next(g.name for g in backend.groups if g.name.rpartition("/")[2] == "body")
-            _apply(backend, frozenset({group}))
+            backend.apply(FreezePlan(frozen=frozenset({group})))
         _gradients(optimizer, [(head, one)])
         optimizer.iterations.assign(LATE)
         if backend is not None:
-            _apply(backend, frozenset())
+            backend.apply(FreezePlan())
         before = numbers(body)
         _gradients(optimizer, [(body, one), (head, one)])
         jump = float(np.abs(numbers(body) - before).max() / 0.001)
@@ -529,25 +555,11 @@ def _gradients(optimizer: Any, pairs: list[tuple[Any, Callable[[Any], Any]]]) ->
     """One call of `optimizer.apply` with made-up gradients."""
     variables = [variable for variable, _ in pairs]
     grads = [make(keras.ops.convert_to_tensor(variable)) for variable, make in pairs]
+    scope = contextlib.nullcontext()
     if keras.backend.backend() == "torch":
-        import torch
-
-        with torch.no_grad():
-            optimizer.apply(grads, variables)
-    else:
+        scope = importlib.import_module("torch").no_grad()
+    with scope:
         optimizer.apply(grads, variables)
-
-
-def _backend(model: Any, optimizer: Any) -> Any:
-    from frostline.backends.keras.backend import KerasBackend
-
-    return KerasBackend(model, optimizer=optimizer)
-
-
-def _apply(backend: Any, frozen: frozenset[str]) -> None:
-    from frostline.plan import FreezePlan
-
-    backend.apply(FreezePlan(frozen=frozen))
 
 
 def run(tools: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,10 +32,13 @@ POLICIES = (
     "ulmfit:until=50%,factor=1.3",
     "lp-ft",
     "chain-thaw:length=20%",
+    "plateau:min_delta=0.05",
     "lisa:every=7st",
     "hift:every=5st",
     "auto-rgn",
     "autofreeze:every=5st",
+    "grades:tau=0.9,every=2st,start=20%",
+    "egeria:tolerance=2,window=2,every=2st",
     "fim",
     "apf:threshold=0.9,crowded=0,every=2st",
 )
@@ -58,7 +62,7 @@ class Tensor:
 def tensors() -> dict[str, list[Tensor]]:
     """By group; shapes as Keras has them."""
     found: dict[str, list[Tensor]] = {}
-    for block, (wide_in, wide_out) in zip(BLOCKS, zip(SIZES, SIZES[1:], strict=False), strict=True):
+    for block, (wide_in, wide_out) in zip(BLOCKS, itertools.pairwise(SIZES), strict=True):
         found[block] = [
             Tensor(f"{block}.dense.weight", f"{block}/dense/kernel", "weight", (wide_in, wide_out)),
             Tensor(f"{block}.dense.bias", f"{block}/dense/bias", "bias", (wide_out,)),

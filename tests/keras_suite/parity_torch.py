@@ -7,6 +7,7 @@ Run in a process without Keras::
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -73,9 +74,7 @@ class KerasAdam(torch.optim.Optimizer):
                     state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["m"].add_((p.grad - state["m"]) * 0.1)
                 state["v"].add_((p.grad.square() - state["v"]) * (1 - 0.999))
-                p.sub_(
-                    state["m"] * (group["lr"] * correction) / (state["v"].sqrt() + group["eps"])
-                )
+                p.sub_(state["m"] * (group["lr"] * correction) / (state["v"].sqrt() + group["eps"]))
 
 
 class Block(nn.Module):
@@ -99,7 +98,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, pair in zip(BLOCKS, zip(SIZES, SIZES[1:], strict=False), strict=True):
+        for name, pair in zip(BLOCKS, itertools.pairwise(SIZES), strict=True):
             self.add_module(name, Block(*pair))
         self.head = nn.Linear(SIZES[-1], CLASSES)
         state = self.state_dict()
@@ -185,7 +184,9 @@ def validate(model: Net) -> dict[str, float]:
 def decided(decision: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """The step and the plan of a decision, with Keras's names of parameters."""
     plan = decision["plan"]
-    exempt = {g: sorted(names.get(n, n) for n in kept) for g, kept in plan.get("exempt", {}).items()}
+    exempt = {
+        g: sorted(names.get(n, n) for n in kept) for g, kept in plan.get("exempt", {}).items()
+    }
     return {"step": decision["step"], "plan": plan | {"exempt": exempt, "reason": ""}}
 
 

@@ -28,16 +28,15 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
-#: One policy of every family for every run of the suite, under optimizers in turn.
+#: One policy of every kind for every run of the suite, under optimizers in turn.
 JOBS = (
-    "linear-probe/adam", "bitfit/momentum", "gradual:every=10st/momentum", "gradual:every=10st/adam",
-    "freezeout/sgd", "lp-ft/adam", "chain-thaw:length=20%/momentum", "hift:every=5st/momentum",
-    "auto-rgn/momentum", "autofreeze:every=5st/momentum", "fim/momentum", "grades:tau=0.9,every=2st,start=20%/momentum", "egeria:tolerance=2,window=2,every=2st/momentum",
-    "plateau:min_delta=0.05/momentum",
+    "linear-probe/adam", "bitfit/momentum", "gradual:every=10st/adam", "freezeout/sgd",
+    "lp-ft/adam", "hift:every=5st/momentum", "auto-rgn/momentum", "autofreeze:every=5st/momentum",
 )  # fmt: skip
 MORE = [
     *(f"{spec}/momentum" for spec in setting.POLICIES if f"{spec}/momentum" not in JOBS),
-    "full/sgd", "gradual:every=10st/sgd", "auto-rgn/sgd", "bitfit/adam", "autofreeze:every=5st/adam",
+    "full/sgd", "gradual:every=10st/sgd", "auto-rgn/sgd", "bitfit/adam",
+    "autofreeze:every=5st/adam",
 ]  # fmt: skip
 PARAMETERS = [*JOBS, *(pytest.param(job, marks=pytest.mark.slow) for job in MORE)]
 
@@ -168,7 +167,7 @@ def test_the_same_decisions_proof_losses_and_weights_as_on_torch(
         np.testing.assert_allclose(keras_run["weights"][name], value, rtol=0, atol=1e-4)
 
 
-def test_the_policies_of_every_family_change_something(torch_runs: dict[str, Any]) -> None:
-    changing = {job.partition("/")[0] for job, run in torch_runs.items() if run["held"]}
-    assert {job.partition("/")[0] for job in JOBS} & torch_runs.keys() <= changing
-    assert len(changing) >= 12 or len(torch_runs) < 12
+@pytest.mark.slow
+def test_most_of_these_policies_freeze_something(torch_runs: dict[str, Any]) -> None:
+    freezing = {job.partition("/")[0] for job, run in torch_runs.items() if run["held"]}
+    assert len(freezing) >= 15

@@ -31,6 +31,7 @@ PLAIN = {
     "recompile": ("stuck, silent", "stuck, silent", "stuck, silent"),
     "ema_overwrite": ("moves, raises", "raises", "moves, raises"),
     "ema_end_of_fit": ("stuck, silent", "raises", "raises"),
+    "ema_second_fit": ("right", "raises", "right"),
     "zero_gradients": ("moves, silent", "moves, silent", "moves, silent"),
     "accumulation": ("right", "moves, silent", "right"),
     "loss_scale": ("right", "raises", "right"),
@@ -51,3 +52,12 @@ def test_every_case_has_its_verdict() -> None:
 def test_what_plain_keras_does(name: str) -> None:
     expected = PLAIN[name][BACKENDS.index(keras.backend.backend())]
     assert traps.CASES[name][1](frostline=False).verdict == expected
+
+
+#: What Frostline leaves as Keras has it: one step count for all weights is Keras's Adam.
+KEPT = {"adam_jump": "moves, silent"}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_callback_does_right(name: str) -> None:
+    assert traps.CASES[name][1](frostline=True).verdict == KEPT.get(name, "right")
