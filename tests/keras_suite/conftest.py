@@ -23,6 +23,16 @@ with warnings.catch_warnings():
 
 import pytest
 
+#: Keras's PyTorch backend reads tensors in a way that NumPy 2 warns of.
+_NOT_OURS = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = os.path.dirname(__file__)
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker(pytest.mark.filterwarnings(_NOT_OURS))
+
 
 @pytest.fixture(autouse=True)
 def fresh_keras() -> None:

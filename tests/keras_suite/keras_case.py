@@ -8,8 +8,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
+from frostline.backends.keras.arrays import array_of
 from frostline.backends.keras.backend import KerasBackend
 from frostline.backends.keras.names import tensors
 
@@ -32,6 +32,10 @@ def small_model(seed: int = 3, *, dropout: float = 0.25, dtype: str | None = Non
 
 def momentum() -> keras.optimizers.Optimizer:
     return keras.optimizers.SGD(0.05, momentum=0.9, weight_decay=0.01)
+
+
+def adamw() -> keras.optimizers.Optimizer:
+    return keras.optimizers.AdamW(0.02, weight_decay=0.01)
 
 
 def batch(step: int, size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
@@ -75,10 +79,10 @@ class KerasCase:
 
     def tamper(self, tensor: str) -> None:
         variable = tensors(self.model)[tensor]
-        array = np.array(ops.convert_to_numpy(variable))
+        array = np.array(array_of(variable))
         array[(0,) * array.ndim] += 1e-6
         variable.assign(array)
 
 
 def digest(tensor: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(ops.convert_to_numpy(tensor)).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array_of(tensor)).tobytes()).hexdigest()

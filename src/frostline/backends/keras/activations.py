@@ -15,18 +15,16 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from numpy.typing import NDArray
 
+from frostline.backends.keras.arrays import Array, array_of, single_array
 from frostline.backends.keras.names import SEPARATOR, can_train, owners, tensors
 from frostline.backends.keras.tracing import on_every_call
 from frostline.errors import BackendError
 from frostline.groups import LayerGroups
 
-__all__ = ["ProbeBatch", "as_matrix", "to_array"]
+__all__ = ["ProbeBatch", "as_matrix"]
 
 _INT8_STEPS = 127
-
-Array = NDArray[Any]
 
 
 class ProbeBatch:
@@ -113,19 +111,6 @@ class ProbeBatch:
             self._model(self._inputs, training=False)
 
 
-def to_array(tensor: Any) -> Array:
-    """A tensor or variable of any Keras backend in main memory, in single precision or more.
-
-    Example:
-        >>> to_array(keras.ops.ones((2,), dtype="bfloat16")).dtype
-        dtype('float32')
-    """
-    if type(tensor).__name__ == "IndexedSlices":  # TensorFlow's gradients of embeddings
-        tensor = ops.convert_to_tensor(tensor)
-    array = ops.convert_to_numpy(tensor)
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
-
-
 def as_matrix(name: str, array: Array, owner: keras.Layer) -> Array:
     """A weight as a matrix: one row per output channel, as PyTorch orders them.
 
@@ -161,7 +146,7 @@ def _rounded(model: keras.Model) -> Iterator[tuple[keras.Variable, Any]]:
     for name, variable in tensors(model).items():
         if name not in trainable or variable.ndim < 2:
             continue
-        array = to_array(variable)
+        array = single_array(variable)
         channels = _channel_axes(name, array.ndim, holders[name])
         others = tuple(a for a in range(array.ndim) if a not in channels)
         step = np.abs(array).max(axis=others, keepdims=True) / np.float32(_INT8_STEPS)
@@ -177,7 +162,7 @@ def _outermost(modules: Any) -> list[str]:
 def _usable(output: Any, size: int) -> Iterator[Array]:
     for tensor in keras.tree.flatten(output):
         if ops.is_tensor(tensor) and keras.backend.is_float_dtype(tensor.dtype):
-            array = np.array(to_array(tensor), np.float32)
+            array = np.array(single_array(tensor), np.float32)
             if (flat := _by_sample(array, size)) is not None:
                 yield flat
 
@@ -193,4 +178,4 @@ def _by_sample(array: Array, size: int) -> Array | None:
 
 
 def _copied(value: Any) -> Any:
-    return None if value is None else np.array(ops.convert_to_numpy(value))
+    return None if value is None else np.array(array_of(value))

@@ -21,9 +21,9 @@ from typing import Any, Literal, Protocol
 import keras
 import numpy as np
 from keras import ops
-from numpy.typing import NDArray
 
 from frostline.backends.keras.activations import ProbeBatch
+from frostline.backends.keras.arrays import Array, array_of
 from frostline.backends.keras.digest import sha256_of_variables
 from frostline.backends.keras.grouping import layer_groups
 from frostline.backends.keras.modes import Flags, HeldModes
@@ -98,7 +98,7 @@ class KerasBackend:
         optimizer_state: OptimizerState = "keep",
         fixed: Collection[str] = (),
     ) -> None:
-        self._model = model
+        self._model: Any = model  # Keras leaves its functions untyped
         self._optimizer = _found_optimizer(model, optimizer)
         self._tensors = tensors(model)
         found = groups if groups is not None else layer_groups(model)
@@ -275,10 +275,10 @@ class KerasBackend:
         """Take the probe batch of a checkpoint back."""
         self._batch.from_tree(kept)
 
-    def weights(self) -> Mapping[str, NDArray[Any]]:
+    def weights(self) -> Mapping[str, Array]:
         """Copies of all parameters and buffers in main memory, tied ones under their first name."""
         self.steps.sync()
-        return {n: np.array(ops.convert_to_numpy(v)) for n, v in self._named()}
+        return {n: np.array(array_of(v)) for n, v in self._named()}
 
     def load_weights(self, weights: Mapping[str, Any]) -> None:
         """Write all parameters and buffers back; the optimizer forgets what it remembered.
@@ -416,9 +416,9 @@ class _Patrol:
         if name is None:
             return []
         sync()
-        flat = ops.reshape(self._variables[name], (-1,))[:_HEAD_ELEMENTS]
-        head = np.ascontiguousarray(ops.convert_to_numpy(flat))
-        checksum = zlib.crc32(head.view(np.uint8))
+        flat: Any = ops.reshape(self._variables[name], (-1,))
+        head = np.ascontiguousarray(array_of(flat[:_HEAD_ELEMENTS]))
+        checksum = zlib.crc32(head.view(np.uint8).data)
         return [] if self._seen.setdefault(name, checksum) == checksum else [name]
 
 

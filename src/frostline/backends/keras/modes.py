@@ -51,15 +51,15 @@ def hold_layer(layer: keras.Layer) -> None:
     """
     if not is_held(layer):
         # Past Keras's `__setattr__`: it tracks what layers are given.
-        vars(layer)["call"] = _in_inference(layer.call, had_own="call" in vars(layer))
+        layer.__dict__["call"] = _in_inference(layer.call, had_own="call" in vars(layer))
 
 
 def release_layer(layer: keras.Layer) -> None:
     """Let the layer follow `training` again."""
     inner, had_own = getattr(vars(layer)["call"], _MARK)
-    del vars(layer)["call"]
+    del layer.__dict__["call"]
     if had_own:
-        vars(layer)["call"] = inner
+        layer.__dict__["call"] = inner
 
 
 def _in_inference(inner: Callable[..., Any], *, had_own: bool) -> Callable[..., Any]:

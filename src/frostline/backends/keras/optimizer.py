@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
-from numpy.typing import NDArray
 
+from frostline.backends.keras.arrays import Array, single_array, to_number
 from frostline.errors import BackendError, few
 
 __all__ = ["Capture", "OptimizerGuard", "innermost"]
@@ -217,14 +216,14 @@ class OptimizerGuard:
     @property
     def learning_rate(self) -> float:
         """The rate of the next update, without factors."""
-        return float(ops.convert_to_numpy(self.inner.learning_rate))
+        return to_number(self.inner.learning_rate)
 
     @property
     def loss_scale(self) -> float:
         """What the loss, and so every captured gradient, is multiplied by."""
         dynamic = getattr(self.optimizer, "dynamic_scale", None)
         if dynamic is not None:
-            return float(ops.convert_to_numpy(dynamic))
+            return to_number(dynamic)
         return float(self.optimizer.loss_scale_factor or 1.0)
 
     def _update_plainly(self, gradients: Sequence[Any], variables: Variables) -> None:
@@ -236,7 +235,7 @@ class OptimizerGuard:
         finally:
             self.inner.use_ema, self.inner.loss_scale_factor = use_ema, scale
 
-    def planned(self, gradients: Sequence[Any], variables: Variables) -> list[NDArray[Any]]:
+    def planned(self, gradients: Sequence[Any], variables: Variables) -> list[Array]:
         """What an update would add to each variable, in single precision or more.
 
         It is made and taken back: variables and slots are afterwards what they were.
@@ -331,7 +330,7 @@ class OptimizerGuard:
         return [g for g, _ in pairs], [v for _, v in pairs]
 
     def _guarded(self, grads: list[Any], variables: list[keras.Variable]) -> None:
-        factors = self.standing if self._factors is None else self._factors
+        factors: Any = self.standing if self._factors is None else self._factors
         whole = len(variables) == len(self._members)
         averaging = self.inner.use_ema and not (whole and factors is None)
         if not averaging and factors is None:
@@ -339,7 +338,7 @@ class OptimizerGuard:
             return
         before = [_copy(v) for v in variables] if factors is not None else []
         # Read before the update counts on.
-        update = ops.convert_to_tensor(self.inner.iterations) + 0 if averaging else None
+        update = ops.copy(self.inner.iterations) if averaging else None
         use_ema = self.inner.use_ema
         self.inner.use_ema = False
         try:
@@ -347,7 +346,7 @@ class OptimizerGuard:
         finally:
             self.inner.use_ema = use_ema
         for variable, old in zip(variables, before, strict=factors is not None):
-            factor = factors[self._place[id(variable)]]
+            factor = _item(factors, self._place[id(variable)])
             variable.assign(_scaled(old, ops.convert_to_tensor(variable), factor))
         if averaging:
             self._average(variables, update)
@@ -386,16 +385,18 @@ def _guard_of(optimizer: Any) -> OptimizerGuard | None:
     return found if isinstance(found, OptimizerGuard) else None
 
 
+def _item(factors: Any, place: int) -> Any:
+    return factors[place]
+
+
 def _copy(variable: keras.Variable) -> Any:
     """The value now, safe from updates in place."""
-    value = ops.copy(variable)
+    value: Any = ops.copy(variable)
     return value.detach() if keras.backend.backend() == "torch" else value
 
 
-def _moved(variable: keras.Variable, old: Any) -> NDArray[Any]:
-    new = ops.convert_to_numpy(variable)
-    single = np.promote_types(np.float32, new.dtype) if new.dtype.kind == "f" else np.float32
-    return new.astype(single) - ops.convert_to_numpy(old).astype(single)
+def _moved(variable: keras.Variable, old: Any) -> Array:
+    return single_array(variable) - single_array(old)
 
 
 def _scaled(old: Any, new: Any, factor: Any) -> Any:
@@ -487,8 +488,3 @@ def _check_members(optimizer: Any, variables: Collection[keras.Variable]) -> Non
             "let the plan freeze. Variables that must never train are named in "
             "KerasBackend(fixed=...)",
         )
-
-
-def as_number(value: Any) -> float:
-    """A scalar tensor of any Keras backend as a float."""
-    return float(np.asarray(ops.convert_to_numpy(value)))

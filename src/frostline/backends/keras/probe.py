@@ -11,18 +11,16 @@ from typing import Any, Literal
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
-from frostline.backends.keras.activations import ProbeBatch, as_matrix, to_array
-from frostline.backends.keras.optimizer import OptimizerGuard, as_number
+from frostline.backends.keras.activations import ProbeBatch, as_matrix
+from frostline.backends.keras.arrays import Array, single_array, to_number
+from frostline.backends.keras.optimizer import OptimizerGuard
 from frostline.backends.keras.steps import Steps
 from frostline.errors import BackendError, PolicyError
 from frostline.groups import LayerGroup
 from frostline.signals import Matrix
 
 __all__ = ["KerasProbe"]
-
-Array = NDArray[Any]
 
 
 class KerasProbe:
@@ -66,11 +64,11 @@ class KerasProbe:
         """The gradient of each floating-point parameter, None where there is none."""
         scale = self._guard.loss_scale
         found = (self._steps.gradients.get(name) for name in self._floating(unit))
-        return [None if g is None else _unscaled(to_array(g), scale) for g in found]
+        return [None if g is None else _unscaled(single_array(g), scale) for g in found]
 
     def weights(self, unit: LayerGroup) -> list[Array]:
         """Each floating-point parameter, as it is now."""
-        return [to_array(self._variables[name]) for name in self._floating(unit)]
+        return [single_array(self._variables[name]) for name in self._floating(unit)]
 
     def norm(self, arrays: Sequence[Array | None], order: Literal[1, 2]) -> float:
         """L1 or L2 norm over all arrays together."""
@@ -88,11 +86,12 @@ class KerasProbe:
         """The singular values of each parameter of two or more dimensions."""
         found: list[Matrix] = []
         for name in self._floating(unit):
-            array = to_array(self._variables[name])
+            array = single_array(self._variables[name])
             if array.ndim > 1 and array.size:
                 matrix = as_matrix(name, array, self._owners[name])
                 values = np.linalg.svd(matrix, compute_uv=False)
-                found.append(Matrix(*matrix.shape, values.tolist()))
+                rows, columns = matrix.shape
+                found.append(Matrix(rows, columns, values.tolist()))
         return found
 
     def learning_rate(self, unit: LayerGroup) -> float:
@@ -108,7 +107,7 @@ class KerasProbe:
                 fix="call driver.sample(loss=...) between backward pass and update, or train with "
                 "a train_step that keeps Keras's own loss metric",
             )
-        return as_number(self._loss)
+        return to_number(self._loss)
 
     def activations(self, unit: LayerGroup, *, int8: bool = False) -> Array:
         """What the unit puts out for the probe batch; one forward pass serves all units."""

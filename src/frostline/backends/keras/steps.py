@@ -1,7 +1,7 @@
 """Training steps of a Keras model under a plan, compiled once per plan.
 
-Keras looks `model.train_function` up at each step of a running `fit`, so a switch of plan is another
-function there. Two kinds are made here:
+Keras looks `model.train_function` up at each step of a running `fit`, so a switch of plan is
+another function there. Two kinds are made here:
 
 - *fused*: Keras's own step, for policies that read nothing.
 - *split*: `model.train_step` runs with its update put off and hands out the gradients; the host
@@ -70,6 +70,11 @@ class _Gradients:
 
 class _Engine(Protocol):
     """The steps of one Keras backend."""
+
+    @property
+    def built(self) -> int:
+        """How many functions were made so far."""
+        ...
 
     def gradients(self, key: Any, data: Any) -> _Gradients:
         """Forward and backward for `model.trainable_variables`; metrics and statistics move."""
@@ -242,7 +247,7 @@ class _Eager:
     """Steps by the model's own methods, uncompiled: PyTorch, and what compiled ones are made of."""
 
     def __init__(self, model: keras.Model, guard: OptimizerGuard) -> None:
-        self.model = model
+        self.model: Any = model  # Keras leaves its functions untyped
         self.guard = guard
         self.kept = _Kept()
 
@@ -310,7 +315,7 @@ class _TensorFlow(_Eager):
     """Graphs that read and write variables in place."""
 
     def gradients(self, key: Any, data: Any) -> _Gradients:
-        function = self.kept.get(key, lambda: self._compiled(lambda batch: self.run(batch)))
+        function = self.kept.get(key, lambda: self._compiled(self.run))
         return _Gradients(*function(data))
 
     def only_gradients(self, key: Any, data: Any) -> _Gradients:
