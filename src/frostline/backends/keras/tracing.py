@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,8 +30,10 @@ class Trace:
     Attributes:
         entered: when each layer ran first, by path; layers that never ran are absent.
         calls: how often each layer ran, by path.
+        symbolic: whether nothing was computed.
     """
 
+    symbolic: bool = True
     entered: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
 
@@ -115,26 +118,28 @@ def _symbolic(model: keras.Layer, batch: Any) -> Trace:
         runs[-1].note(path)
         return call()
 
-    with on_every_call(model, around):
+    with on_every_call(model, around), warnings.catch_warnings():
+        # Where this fails the batch is run in earnest; what is said of `Runner` helps nobody.
+        warnings.simplefilter("ignore")
         Runner(dtype=model.dtype_policy).compute_output_spec(specs)
     return runs[-1]
 
 
 def _eager(model: keras.Layer, batch: Any) -> Trace:
-    trace = Trace()
+    trace = Trace(symbolic=False)
 
     def around(path: str, call: Callable[[], Any]) -> Any:
         trace.note(path)
         return call()
 
     values = keras.tree.map_structure(_values, batch)
-    kept = {name: keras.ops.convert_to_numpy(v.value) for name, v in tensors(model).items()}
+    kept = {n: keras.ops.copy(v.value) for n, v in tensors(model).items() if not v.trainable}
     try:
         with on_every_call(model, around):
             model(values, training=False)
     finally:
         for name, variable in tensors(model).items():
-            if name in kept and not variable.trainable:
+            if name in kept:
                 variable.assign(kept[name])
     return trace
 
