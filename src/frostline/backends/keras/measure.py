@@ -232,7 +232,7 @@ def _all_training(model: keras.Model) -> Iterator[None]:
 
 def _loss(outputs: Any) -> Any:
     """One number that depends on all that the model predicts."""
-    flat = [
+    flat: list[Any] = [
         keras.ops.mean(keras.ops.cast(x, "float32"))
         for x in keras.tree.flatten(outputs)
         if keras.ops.is_tensor(x) and "float" in keras.backend.standardize_dtype(x.dtype)
@@ -248,11 +248,12 @@ def _loss(outputs: Any) -> Any:
 
 def _adamw(values: Sequence[Any]) -> list[Any]:
     """AdamW's arithmetic on values that stand for weights, gradients and slots alike."""
+    ops: Any = keras.ops
     results = []
     for value in values:
         mean = value * 0.9 + value * 0.1
         square = value * 0.999 + value * value * 0.001
-        results.append(value * 0.99 - mean / (keras.ops.sqrt(square) + 1e-7) * 1e-3)
+        results.append(value * 0.99 - mean / (ops.sqrt(square) + 1e-7) * 1e-3)
     return results
 
 
