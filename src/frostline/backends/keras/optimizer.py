@@ -186,7 +186,7 @@ class OptimizerGuard:
             for key, slot in slots.items():
                 slot.assign(fresh[key])
             if (average := books.average(variable)) is not None:
-                average.assign(variable)
+                average.assign(ops.copy(variable))
 
     def check_forget(self) -> None:
         """Raise unless `forget` will work: asked before anything is changed.
@@ -202,13 +202,14 @@ class OptimizerGuard:
 
         Gradients summed so far are dropped, and the average of a weight that stays is the weight:
         averages that were never taken would otherwise overwrite it with zeros when it trains again.
+        Both have bytes of their own: JAX gives the memory of each to its compiled step.
         """
         books = _books(self.inner)
         for variable in variables:
             if (gathered := books.accumulator(variable)) is not None:
                 gathered.assign(ops.zeros(gathered.shape, gathered.dtype))
             if self.inner.use_ema and (average := books.average(variable)) is not None:
-                average.assign(variable)
+                average.assign(ops.copy(variable))
 
     # -- numbers -----------------------------------------------------------------------------
 
@@ -361,7 +362,8 @@ class OptimizerGuard:
             average.assign(momentum * average + (1 - momentum) * variable)
             if every:
                 due = ops.equal((update + 1) % every, 0)
-                variable.assign(ops.where(due, average, variable))
+                now = ops.convert_to_tensor(average), ops.convert_to_tensor(variable)
+                variable.assign(ops.where(due, *now))
 
     def _finalize(self, var_list: Iterable[keras.Variable]) -> None:
         if not self.inner.use_ema:
@@ -371,7 +373,7 @@ class OptimizerGuard:
         for variable in var_list:
             average = books.average(variable)
             if average is not None and (self._trained is None or id(variable) in self._trained):
-                variable.assign(average)
+                variable.assign(ops.copy(average))
 
 
 _PATCHED = ("apply", "stateless_apply", "finalize_variable_values")
