@@ -6,13 +6,28 @@ Pure data. A backend finds the groups; the core never sees a tensor.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import overload
 
 from frostline.errors import BackendError
 
-__all__ = ["GroupCost", "LayerGroup", "LayerGroups", "ModuleInfo", "TensorInfo"]
+__all__ = ["GroupCost", "LayerGroup", "LayerGroups", "ModuleInfo", "TensorInfo", "enclosing"]
+
+#: Between the parts of a name: PyTorch writes "layer1.0.weight", Keras "block1/conv/kernel".
+_SEPARATOR = re.compile(r"[./]")
+
+
+def enclosing(name: str) -> Iterator[str]:
+    """The modules around a tensor or module, from the inside out.
+
+    Example:
+        >>> list(enclosing("layer1.0.weight")), list(enclosing("block1/conv/kernel"))
+        (['layer1.0', 'layer1'], ['block1/conv', 'block1'])
+    """
+    ends = [match.start() for match in _SEPARATOR.finditer(name)]
+    return (name[:end] for end in reversed(ends))
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +35,7 @@ class TensorInfo:
     """One parameter or buffer.
 
     Attributes:
-        name: dotted name in the model's state, e.g. "layer1.0.conv1.weight".
+        name: name in the model's state, e.g. "layer1.0.conv1.weight" or "block1/conv1/kernel".
         shape: sizes of the dimensions; () for a scalar.
         dtype: framework-neutral name, e.g. "float32".
         itemsize_bytes: bytes per element.
@@ -47,6 +62,11 @@ class TensorInfo:
         return self.count * self.itemsize_bytes
 
     @property
+    def own_name(self) -> str:
+        """The last part of the name, e.g. "weight"."""
+        return _SEPARATOR.split(self.name)[-1]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The name and every alias."""
         return (self.name, *self.aliases)
@@ -54,7 +74,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModuleInfo:
-    """One module inside a group: its dotted name and the name of its class."""
+    """One module inside a group: its name and the name of its class."""
 
     name: str
     type: str
@@ -92,7 +112,7 @@ class LayerGroup:
     """The smallest unit that is frozen together.
 
     Attributes:
-        name: dotted name of the block, unique in its model.
+        name: name of the block, unique in its model.
         depth: position in measured execution order; 0 is nearest the input.
         parameters: the parameters of the group; each parameter of a model is in exactly one group.
         buffers: the buffers of the group.

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from frostline.errors import SelectorError, SelectorMatchedNothing
-from frostline.groups import LayerGroup, LayerGroups, TensorInfo
+from frostline.groups import LayerGroup, LayerGroups, TensorInfo, enclosing
 
 __all__ = ["Selector", "select"]
 
@@ -240,9 +240,8 @@ def _inside(group: LayerGroup, parameter: TensorInfo, kind: str) -> bool:
 
 def _paths(name: str) -> Iterator[str]:
     """The name and every module that encloses it: 'a.b.c' -> 'a.b.c', 'a.b', 'a'."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
+    yield name
+    yield from enclosing(name)
 
 
 def _all(groups: LayerGroups) -> Names:

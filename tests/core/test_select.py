@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frostline.errors import SelectorError, SelectorMatchedNothing
+from frostline.groups import LayerGroup, LayerGroups, ModuleInfo, TensorInfo
 from frostline.select import Selector, select
 from frostline.testing import example_groups
 
@@ -127,3 +128,38 @@ def test_predicates() -> None:
     big = Selector.where(lambda g, p: p.count > 8, text="big")
     assert big.parameters(GROUPS) == {f"{g.name}.weight" for g in GROUPS}
     assert str(big & select("head")) == "(big & head)"
+
+
+def keras_groups() -> LayerGroups:
+    """Named as Keras names: by the route of layers, joined by "/"."""
+    body = LayerGroup(
+        "backbone/block1",
+        0,
+        (
+            TensorInfo("backbone/block1_conv/kernel", (3, 3), aliases=("twin/block1_conv/kernel",)),
+            TensorInfo("backbone/block1_bn/gamma", (3,), kind="norm"),
+        ),
+        modules=(
+            ModuleInfo("backbone/block1_conv", "Conv2D"),
+            ModuleInfo("backbone/block1_bn", "BatchNormalization"),
+        ),
+    )
+    head = LayerGroup("dense", 1, (TensorInfo("dense/kernel", (3, 2)),))
+    return LayerGroups((body, head))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("backbone", {"backbone/block1_conv/kernel", "backbone/block1_bn/gamma"}),
+        ("re:backbone", {"backbone/block1_conv/kernel", "backbone/block1_bn/gamma"}),
+        ("backbone/block1_conv", {"backbone/block1_conv/kernel"}),
+        ("twin/*", {"backbone/block1_conv/kernel"}),
+        ("backbone/block1", {"backbone/block1_conv/kernel", "backbone/block1_bn/gamma"}),
+        ("type:BatchNormalization", {"backbone/block1_bn/gamma"}),
+        ("*/kernel & !dense", {"backbone/block1_conv/kernel"}),
+        ("depth<1 & kind:norm", {"backbone/block1_bn/gamma"}),
+    ],
+)
+def test_names_joined_by_slashes(text: str, expected: set[str]) -> None:
+    assert select(text).parameters(keras_groups()) == expected

@@ -10,7 +10,7 @@ import pytest
 from frostline.clock import Progress
 from frostline.driver import Driver
 from frostline.errors import PolicyError
-from frostline.groups import LayerGroup, LayerGroups, TensorInfo
+from frostline.groups import LayerGroup, LayerGroups, ModuleInfo, TensorInfo
 from frostline.plan import FreezePlan
 from frostline.policies.spectrum import Spectrum, module_type
 from frostline.policy import Event, EventKind
@@ -165,3 +165,25 @@ def test_end_to_end_the_matrix_that_numpy_ranks_first_trains(seed: int) -> None:
     moved = {n for n, a in case.net.parameters.items() if (a != before[n]).any()}
     assert moved == {max(scores, key=lambda n: scores[n]), "head.weight", "head.bias"}
     driver.finish()
+
+
+def test_in_flat_keras_names_the_role_in_the_block_is_the_type() -> None:
+    def block(i: int) -> LayerGroup:
+        name = f"conv2_block{i}"
+        kernels = (f"{name}_1_conv/kernel", f"{name}_2_conv/kernel")
+        return LayerGroup(name, i, tuple(TensorInfo(k, (8, 8)) for k in kernels))
+
+    single = LayerGroup(
+        "dense_7", 4, (TensorInfo("dense_7/kernel", (8, 8)),), modules=(ModuleInfo("dense_7", "D"),)
+    )
+    head = LayerGroup("head", 5, (TensorInfo("head/kernel", (2, 8)),))
+    groups = LayerGroups((*map(block, range(4)), single, head))
+    scores = {f"conv2_block{i}_{r}_conv/kernel": float(i * r) for i in range(4) for r in (1, 2)}
+    policy = Spectrum()
+    plan, _ = policy.decide(groups, policy.init(groups), event(scores | {"dense_7/kernel": 9.0}))
+    everything = {p.name for g in groups for p in g.parameters}
+    assert everything - plan.frozen_parameters(groups) == {
+        "conv2_block3_1_conv/kernel",
+        "conv2_block3_2_conv/kernel",
+        "head/kernel",
+    }

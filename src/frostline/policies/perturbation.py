@@ -188,8 +188,7 @@ class SlimFit(Policy):
             p.name
             for name in backbone(groups)
             for p in groups[name].parameters
-            if len(p.shape) > 1
-            or (p.kind == "norm" and p.name.rpartition(".")[2] not in NORM_SHIFTS)
+            if len(p.shape) > 1 or (p.kind == "norm" and p.own_name not in NORM_SHIFTS)
         ]
         choice(self.seed).shuffle(order)
         first = self._chosen(order, {})

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from frostline.compose import kept_plan, kept_text
 from frostline.errors import PolicyError
-from frostline.groups import LayerGroups, TensorInfo
+from frostline.groups import LayerGroup, LayerGroups, TensorInfo, enclosing
 from frostline.plan import FreezePlan
 from frostline.policies.static import training
 from frostline.policy import Event, Policy, State
@@ -79,10 +79,11 @@ class Spectrum(Policy):
 
     def _plan(self, groups: LayerGroups, scores: Mapping[str, float]) -> FreezePlan:
         body = [p for g in groups if g.name not in groups.head for p in g.parameters]
+        homes = {p.name: g for g in groups for p in g.parameters}
         types: dict[str, list[TensorInfo]] = {}
         for p in body:
             if p.kind == "weight" and len(p.shape) > 1 and p.name in scores:
-                types.setdefault(module_type(p.name), []).append(p)
+                types.setdefault(_type_of(p, homes[p.name]), []).append(p)
         share = Fraction(str(self.share))
         best: list[str] = []
         for alike in types.values():
@@ -93,6 +94,20 @@ class Spectrum(Policy):
         count = sum(map(len, types.values()))
         reason = f"Spectrum: {len(best)} of {count} matrices of {len(types)} types train"
         return training(groups, [*best, *tables], reason=reason)
+
+
+def _type_of(parameter: TensorInfo, group: LayerGroup) -> str:
+    """The type of a matrix; in the flat models of Keras, whose names number the blocks, by group.
+
+    There "conv2_block1_2_conv/kernel" in the group "conv2_block1" is a "_2_conv/kernel"; where the
+    name is that of the group, the class of the layer stands for it.
+    """
+    if "/" not in parameter.name:
+        return module_type(parameter.name)
+    rest = parameter.name.removeprefix(group.name)
+    kinds = {m.name: m.type for m in group.modules}
+    home = next(enclosing(parameter.name))
+    return f"{kinds.get(home, '')}{rest}" if home == group.name else rest
 
 
 def module_type(parameter: str) -> str:

@@ -389,7 +389,7 @@ class BitFit(_Fixed):
 
     def _is_bias(self, parameter: TensorInfo) -> bool:
         if parameter.kind == "norm":
-            return self.norm_shifts and parameter.name.rpartition(".")[2] in NORM_SHIFTS
+            return self.norm_shifts and parameter.own_name in NORM_SHIFTS
         return parameter.kind == "bias"
 
 

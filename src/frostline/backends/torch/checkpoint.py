@@ -18,12 +18,9 @@ Example:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +32,23 @@ from torch import Tensor, nn
 
 from frostline import _io
 from frostline._version import __version__
+from frostline.backends.checkpoints import (
+    HELD,
+    MAX_STATE_BYTES,
+    STATE,
+    Held,
+    check_keep,
+    checkpoint_folders,
+    checkpoint_step,
+    digest_of_held,
+    free_name,
+    library_errors,
+    newest_step,
+    prune,
+    readable_extra,
+    share_held,
+    whole,
+)
 from frostline.backends.torch.random_state import (
     RANDOM_STREAMS,
     read_random_state,
@@ -54,10 +68,6 @@ __all__ = [
 
 _log = logging.getLogger("frostline")
 KIND = "frostline checkpoint 1"
-_NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,9}))?")
-_STATE = "state.json"
-_HELD = "held.safetensors"
-_MAX_STATE_BYTES = 1 << 28  # driver history of long runs; its digest was checked before it is read
 
 
 class Stateful(Protocol):
@@ -65,19 +75,6 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Tensors that are held frozen, and where they may be saved already.
-
-    Attributes:
-        sha256: digest by name.
-        beside: further folders of checkpoints of this run whose files may be linked to.
-    """
-
-    sha256: Mapping[str, str]
-    beside: tuple[Path, ...] = ()
 
 
 def save_checkpoint(
@@ -122,38 +119,33 @@ def save_checkpoint(
             checkpoints are untouched.
     """
     folder = Path(folder)
-    if keep < 0 or keep == 1:
-        raise StorageError(
-            f"keep {keep} checkpoints",
-            found="none to fall back on",
-            fix="keep=2 or more, 0 for all",
-        )
+    check_keep(keep)
     _io.make_folder(folder)
     _io.sweep(folder)
     parts = _collect(model, optimizer, scheduler, scaler, driver)
     number = _next_step(folder, driver) if step is None else step
-    target = _free_name(folder, number)
+    target = free_name(folder, number)
     held = held or Held({} if driver is None else driver.held)
     frozen = {n: held.sha256[n] for n in sorted(held.sha256) if n in parts.tensors["model"]}
-    note = {"step": number, "parts": sorted(parts.trees), "held": _digest(frozen)}
+    note = {"step": number, "parts": sorted(parts.trees), "held": digest_of_held(frozen)}
     shared: dict[str, str] = {}
     with _io.atomic_folder(target, kind=KIND, note=note, shared=shared) as draft:
         if frozen:
             apart = {name: parts.tensors["model"].pop(name) for name in frozen}
-            known = _share_held([folder, *held.beside], note["held"], draft / _HELD)
+            known = share_held([folder, *held.beside], note["held"], draft / HELD)
             if known is None:
-                _write_tensors(draft / _HELD, apart)
+                _write_tensors(draft / HELD, apart)
             else:
-                shared[_HELD] = known
+                shared[HELD] = known
         for name, tensors in parts.tensors.items():
             _write_tensors(draft / f"{name}.safetensors", tensors)
         state = {"parts": parts.trees, "extra": dict(extra or {}), "versions": _versions()}
-        with _readable_extra():
+        with readable_extra():
             text = _io.canonical_json(state)
-        _io.write_file(draft / _STATE, text)
+        _io.write_file(draft / STATE, text)
     _io.verify_folder(target, kind=KIND, unread=shared)
     if keep:
-        _prune(folder, keep)
+        prune(folder, keep)
     return target
 
 
@@ -207,26 +199,6 @@ def load_checkpoint(
         change()
     _log.info("restored %s", path)
     return extra
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """Everything in a folder that is named like a checkpoint, newest first."""
-    if not folder.is_dir():
-        return []
-    named = [(m, path) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name))]
-    ordered = sorted(named, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 1)), reverse=True)
-    return [path for _, path in ordered]
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name, or -1 for another name.
-
-    Example:
-        >>> checkpoint_step(Path("checkpoints/step-00000123"))
-        123
-    """
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
 
 
 # -- parts ---------------------------------------------------------------------------------------
@@ -310,62 +282,23 @@ def _misfit(path: Path, found: str, fix: str) -> StorageError:
 
 
 def _find(folder: Path, step: int | None) -> tuple[Path, _Parts, dict[str, Any]] | None:
-    candidates = checkpoint_folders(folder)
-    if step is not None:
-        candidates = [path for path in candidates if checkpoint_step(path) == step]
-    if not candidates:
-        return None
-    found = _io.newest_valid(candidates, kind=KIND)
+    found = whole(folder, step, kind=KIND)
     if found is None:
-        raise StorageError(
-            f"resume from {folder}",
-            found=f"{len(candidates)} checkpoint(s), none of them whole",
-            fix="restore one from a copy, or start afresh in another folder",
-        )
+        return None
     path, note = found
-    state = _io.load_json(path / _STATE, max_bytes=_MAX_STATE_BYTES)
+    state = _io.load_json(path / STATE, max_bytes=MAX_STATE_BYTES)
     if state["versions"] != _versions():
         _log.warning("%s was written with %s: bits may differ", path, state["versions"])
     tensors = {file.stem: _read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
-    tensors.setdefault("model", {}).update(tensors.pop(Path(_HELD).stem, {}))
+    tensors.setdefault("model", {}).update(tensors.pop(Path(HELD).stem, {}))
     parts = _Parts({name: state["parts"][name] for name in note["parts"]}, tensors)
     return path, parts, state["extra"]
-
-
-def _digest(frozen: Mapping[str, str]) -> str:
-    """What is held, with its values; empty for nothing."""
-    return hashlib.sha256(_io.canonical_json(frozen)).hexdigest() if frozen else ""
-
-
-def _share_held(places: list[Path], held: str, target: Path) -> str | None:
-    """Link to the newest file that holds just these tensors; its SHA-256, or None."""
-    for place in places:
-        for path in checkpoint_folders(place)[:1]:
-            note = _io.sealed_note(path)
-            if note is not None and note.get("held") == held:
-                return _io.share_file(path / _HELD, target)
-    return None
 
 
 def _next_step(folder: Path, driver: Driver | None) -> int:
     if driver is not None:
         return driver.progress.step
-    return max((checkpoint_step(path) for path in checkpoint_folders(folder)), default=-1) + 1
-
-
-def _free_name(folder: Path, step: int) -> Path:
-    """An unused name: a step that is saved again never overwrites what was there."""
-    base = folder / f"step-{step:08d}"
-    taken = [path for path in checkpoint_folders(folder) if checkpoint_step(path) == step]
-    if not taken:
-        return base
-    match = _NAME.fullmatch(taken[0].name)
-    return folder / f"{base.name}-{int(match[2] or 1) + 1 if match else 2}"
-
-
-def _prune(folder: Path, keep: int) -> None:
-    for old in checkpoint_folders(folder)[keep:]:
-        _io.discard(old)
+    return newest_step(folder) + 1
 
 
 def _versions() -> dict[str, str]:
@@ -410,7 +343,7 @@ def _no_other_state(model: nn.Module, known: set[str]) -> None:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors and read them back: safetensors has no checksum, and disks can lie."""
     plain = _unshared(tensors)
-    with _library_errors(f"write {path}"):
+    with library_errors(f"write {path}"):
         _io.disk.produce(path, lambda place: save_file(plain, str(place)))
         written = _read_tensors(path)
     if written.keys() != plain.keys() or not all(
@@ -438,7 +371,7 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with _library_errors(f"read {path}"), safetensors.safe_open(str(path), "pt") as file:
+    with library_errors(f"read {path}"), safetensors.safe_open(str(path), "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
 
 
@@ -446,20 +379,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-@contextmanager
-def _library_errors(asked: str) -> Iterator[None]:
-    """The library reports system errors as text: give them back their number."""
-    try:
-        yield
-    except safetensors.SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            fix = "only dense tensors of torch's usual types can be saved"
-            raise StorageError(asked, found=str(error), fix=fix) from error
-        with _io.storage_errors(asked):
-            raise OSError(int(number[1]), str(error)) from error
 
 
 def _model_change(path: Path, model: nn.Module, parts: _Parts) -> Callable[[], object]:
@@ -607,15 +526,3 @@ def _random_change(
             found = f"random states of {len(saved['cuda'])} CUDA devices; {here} here"
             raise _misfit(path, found, "resume on as many devices")
     return lambda: write_random_state({name: saved[name] for name in streams if name in saved})
-
-
-@contextmanager
-def _readable_extra() -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise StorageError(
-            "save `extra`",
-            found=str(error),
-            fix="plain JSON: finite numbers, strings, lists, dicts",
-        ) from error
