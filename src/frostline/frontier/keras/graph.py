@@ -93,8 +93,12 @@ class Graph:
 # -- reading -------------------------------------------------------------------------------------
 
 
-def flatten(model: keras.Model) -> Graph:
+def flatten(model: keras.Model, *, wrapped: bool = False) -> Graph:
     """The calls that a functional or Sequential model consists of.
+
+    Args:
+        model: which one.
+        wrapped: its `call` is replaced, and runs the recorded graph all the same.
 
     Raises:
         FrontierError: a subclassed model, whose graph only its own Python code knows; one that is
@@ -105,26 +109,23 @@ def flatten(model: keras.Model) -> Graph:
         >>> [call.name for call in flatten(model).calls]
         ['head']
     """
-    if not (is_graph(model) and "call" not in vars(model)):
+    if not is_graph(model) or ("call" in vars(model) and not wrapped):
         kind = type(model).__qualname__
         raise FrontierError(
             "cut the model at its frozen layers",
             found=f"{kind} computes by its own Python code, which records no graph of layers",
             fix="build it from keras.Input with the functional API; it trains uncached as it is",
         )
-    try:
-        inputs, outputs = list(model.inputs), model.output
-    except (AttributeError, ValueError):
-        inputs, outputs = [], None
+    inputs, outputs = ends(model)
     if not inputs:
         raise FrontierError(
             "cut the model at its frozen layers",
             found=f"{model.name} is not built, so its graph is not known yet",
             fix="begin it with keras.Input(shape), or call it once",
         )
-    values = [_value(tensor, producer(tensor)[0].operation.name) for tensor in inputs]
+    values = [_value(tensor, producer(tensor)[0].operation.name) for tensor in model.inputs]
     reader = _Reader()
-    known = dict(zip(map(id, inputs), values, strict=True))
+    known = dict(zip(map(id, keras.tree.flatten(inputs)), values, strict=True))
     found = reader.read(known, keras.tree.flatten(outputs), "")
     return Graph(values, keras.tree.pack_sequence_as(outputs, found), reader.calls)
 
@@ -142,6 +143,17 @@ def is_graph(layer: Any) -> bool:
     ours = run.__module__.startswith("keras.")
     plain = "__call__" not in vars(type(layer)) or type(layer).__module__.startswith("keras.")
     return ours and plain and run.__qualname__ in ("Functional.call", "Sequential.call")
+
+
+def ends(model: keras.Model) -> tuple[Structure, Structure]:
+    """The symbolic inputs and outputs in the model's own structure; empty while it is not built."""
+    if isinstance(model, keras.Function):
+        return model.input, model.output
+    try:
+        inputs, outputs = list(model.inputs), list(model.outputs)  # a Sequential's
+    except AttributeError:
+        return [], []
+    return inputs, outputs[0] if len(outputs) == 1 else outputs
 
 
 def producer(tensor: Any) -> tuple[Any, Any]:
@@ -202,13 +214,10 @@ class _Reader:
         model = node.operation
         if not is_graph(model) or "call" in vars(model) or model.activity_regularizer is not None:
             return False
-        try:
-            inner, outputs = list(model.inputs), keras.tree.flatten(model.output)
-            plain = len(inner) == 1 or _same_structure(model.input, args[0])
-        except (AttributeError, ValueError):  # a Sequential without a graph
-            return False
-        given = keras.tree.flatten(args[0]) if args else []
-        same = len(args) == 1 and plain and len(given) == len(inner) and all(
+        inputs, outputs = ends(model)
+        inner, given = keras.tree.flatten(inputs), keras.tree.flatten(args[0]) if args else []
+        plain = len(inner) == 1 or (len(args) == 1 and _same_structure(inputs, args[0]))
+        same = len(args) == 1 and plain and 0 < len(given) == len(inner) and all(
             isinstance(value, Value)
             and value.mask is None
             and value.dtype == tensor.dtype
@@ -218,7 +227,7 @@ class _Reader:
         if not same or model.dtype_policy.quantization_mode is not None:
             return False
         values = dict(zip(map(id, inner), given, strict=True))
-        found = self.read(values, outputs, f"{self._numbered(route + model.name)}/")
+        found = self.read(values, keras.tree.flatten(outputs), f"{self._numbered(route + model.name)}/")
         known.update(zip(map(id, node.outputs), found, strict=True))
         return True
 

@@ -23,6 +23,7 @@ from frostline.frontier.keras.graph import (
     Graph,
     Value,
     build,
+    ends,
     flatten,
     needed,
     replica,
@@ -96,13 +97,14 @@ class KerasRegion:
         return f"{len(self.frozen)} of {len(self.graph.calls)} calls are frozen; kept: {handed}"
 
 
-def find_region(model: keras.Model, x: Any) -> KerasRegion:
+def find_region(model: keras.Model, x: Any, *, wrapped: bool = False) -> KerasRegion:
     """The frozen region under the model's present `trainable` flags and modes.
 
     Args:
         model: functional or Sequential, built.
         x: real samples as arrays, in the structure that the model takes, samples first; a few
             are tried (and the model's state is put back afterwards).
+        wrapped: the model's `call` is replaced, and runs the recorded graph all the same.
 
     Raises:
         FrontierError: a model without a graph, or samples that do not fit its inputs.
@@ -114,7 +116,7 @@ def find_region(model: keras.Model, x: Any) -> KerasRegion:
         >>> find_region(model, np.eye(3)).frozen
         ('body',)
     """
-    graph = flatten(model)
+    graph = flatten(model, wrapped=wrapped)
     samples = flat_inputs(model, x)
     reasons: dict[str, str] = {}
     candidates = _grown(graph, lambda call: _trains(call, reasons))
@@ -312,7 +314,8 @@ def flat_inputs(model: keras.Model, x: Any) -> list[NDArray[Any]]:
     wanted = list(model.inputs)
     names = [tensor.name for tensor in wanted]
     if isinstance(x, Mapping):
-        keys = sorted(model.input) if isinstance(model.input, dict) else names
+        inputs = ends(model)[0]
+        keys = sorted(inputs) if isinstance(inputs, dict) else names
         arrays = [x[key] for key in keys if key in x]
     else:
         arrays = list(keras.tree.flatten(x))

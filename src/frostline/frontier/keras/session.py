@@ -1,0 +1,492 @@
+"""One `fit` whose steps run only what trains: the user's own model, optimizer and callbacks.
+
+Keras is given the numbers of the samples in place of the samples, so that it shuffles, splits and
+batches as ever. Between its iterator and the model's compiled step the numbers become frontier
+values (or, where nothing can be cached, the samples themselves), and `model.call` runs the rest of
+the graph on them. Whenever Keras makes its train function anew, the frozen region is looked for
+again: that is how callbacks that freeze and unfreeze layers are followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from frostline.backends.keras.names import layers as layers_of
+from frostline.errors import FrontierError, StorageError
+from frostline.frontier.encodings import Encoding
+from frostline.frontier.keras.features import Features, Runner, Samples, runner
+from frostline.frontier.keras.graph import Value, build
+from frostline.frontier.keras.parts import region_key, weight_parts
+from frostline.frontier.keras.region import (
+    KerasRegion,
+    as_numpy,
+    close,
+    find_region,
+    frozen_model,
+    put_back,
+    rest_model,
+)
+from frostline.frontier.library import Library
+from frostline.frontier.report import CacheReport
+from frostline.frontier.segments import BLOCK_ROWS
+
+__all__ = ["ROWS", "Session", "Watch"]
+
+_log = logging.getLogger("frostline")
+
+#: Name of the one input that Keras sees: numbers of samples.
+ROWS = "frostline_rows"
+_FRONTIER = "frostline_frontier"
+#: Samples of a comparison of outputs; as many as were tried, so that little is compiled anew.
+_CHECKED_SAMPLES = 3
+#: One step in so many, at random, is followed by a comparison.
+CHECKED_EVERY = 200
+#: Outputs may differ by this many times the rounding of one value.
+_OUTPUT_TIMES = {"exact": 10.0, "bfloat16": 1000.0, "float16": 300.0, "int8": 2000.0}
+
+
+@dataclass(eq=False)
+class _Use:
+    """What the model runs on at present.
+
+    Attributes:
+        number: tells the frontiers of one session apart.
+        region, rest, features: None and empty where the model runs on the samples themselves.
+        flags: the state of the model that the region was found in.
+        weights: digests of what the region read then.
+    """
+
+    number: int
+    region: KerasRegion | None = None
+    rest: keras.Model | None = None
+    features: list[Features] = field(default_factory=list)
+    flags: tuple[Any, ...] = ()
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    run: Runner | None = None
+
+
+class Session:
+    """Makes a model's `fit` run on stored frontiers while it is open.
+
+    Args:
+        model: functional or Sequential, compiled.
+        sources: the samples, and `x` as the user gave it, in the model's own structure; rows are
+            numbered through all of them.
+        library: where stores are kept; None: nothing is cached.
+        encoding: how floating values are kept.
+        most_bytes: the most that one store may take.
+        report: what happened is counted there.
+        seed: of the choice of the rows that are compared.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        sources: Sequence[tuple[Samples, Any]],
+        *,
+        library: Library | None,
+        encoding: Encoding = "exact",
+        most_bytes: int | None = None,
+        report: CacheReport,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.report = model, report
+        self._sources, self._library = sources, library
+        self._encoding, self._most_bytes = encoding, most_bytes
+        self._random = np.random.default_rng(seed)
+        self._numbers = itertools.count()
+        self._uses: dict[int, _Use] = {}
+        self._raw = self._added(_Use(next(self._numbers)))
+        self._now = self._raw
+        self._refused: dict[tuple[Any, ...], str] = {}
+        self._seen: Any = None
+        self._building = True
+        self._starts = np.cumsum([0, *(len(samples) for samples, _ in sources)])
+        self._stack = contextlib.ExitStack()
+        self._private: Library | None = None
+
+    # -- opening and closing ---------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        model = self.model
+        self._plain_call = model.call
+        self._spec = model.input_spec
+        self._made = model.make_train_function, model.make_test_function
+        model.call = self._call
+        model.input_spec = None  # numbers and frontiers are no inputs of the model
+        model.make_train_function = self._make_train_function
+        model.make_test_function = self._make_test_function
+        model.make_train_function(force=True)
+        model.make_test_function(force=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        model = self.model
+        for name in ("call", "make_train_function", "make_test_function"):
+            delattr(model, name)
+        model.input_spec = self._spec
+        # What was compiled here knows frontiers; Keras makes its own functions when next asked.
+        model.train_function = model.test_function = None
+        for use in self._uses.values():
+            for features in use.features:
+                features.close()
+        self._stack.close()
+
+    def rows(self, source: int) -> dict[str, NDArray[np.int64]]:
+        """What Keras is given in place of the samples of a source."""
+        start, end = self._starts[source], self._starts[source + 1]
+        return {ROWS: np.arange(start, end, dtype=np.int64)}
+
+    @property
+    def region(self) -> KerasRegion | None:
+        """The region in use; None where nothing is cached at present."""
+        return self._now.region
+
+    # -- what Keras calls ------------------------------------------------------------------------
+
+    def _call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of `model.call`: frontiers run the rest, all else the whole."""
+        number = _number(inputs)
+        if _are_rows(inputs):
+            inputs = self._made_up(inputs)
+        if number is None:
+            return self._plain_call(inputs, *args, **kwargs)
+        use = self._uses[number]
+        training = kwargs.get("training", args[0] if args else None)
+        values = [inputs[name] for name in sorted(inputs)]
+        return use.rest.call(values, training=training)
+
+    def _made_up(self, inputs: Any) -> Any:
+        """For the shapes of outputs: Keras builds losses and metrics before it trains."""
+        if not self._building:
+            raise FrontierError(
+                "run the model on numbers of samples",
+                found="a step that was compiled without their frontier",
+                fix="let Keras make its train function: model.make_train_function(force=True)",
+            )
+        count = inputs[ROWS].shape[0] or 1
+        return keras.tree.map_structure(
+            lambda array: keras.ops.zeros((count, *array.shape[1:]), _dtype(array)),
+            self._sources[0][1],
+        )
+
+    def _make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001,FBT002  as in Keras
+        if self.model.train_function is None or force:
+            self.refresh()
+            self._made[0](force=True)
+            self.model.train_function = self._fed(self.model.train_function, self._now)
+            self._seen = self.model.train_function
+        return self.model.train_function
+
+    def _make_test_function(self, force: bool = False) -> Any:  # noqa: FBT001,FBT002
+        if self.model.test_function is None or force:
+            self._made[1](force=True)
+            self.model.test_function = self._fed(self.model.test_function, None)
+        return self.model.test_function
+
+    def _fed(self, function: Callable[..., Any], use: _Use | None) -> Callable[..., Any]:
+        """A compiled step that is handed frontiers; `use` None: those in use at each call."""
+
+        def fed(*args: Any) -> Any:
+            *state, batches = args
+            return function(*state, self._batches(batches, use or self._now, count=use is not None))
+
+        fed.use = use
+        return fed
+
+    def _batches(self, batches: Any, use: _Use, *, count: bool) -> Any:
+        if isinstance(batches, list | tuple):  # PyTorch's trainer hands over a list of one
+            return [self._translated(batch, use, count=count) for batch in batches]
+        return (self._translated(batch, use, count=count) for batch in batches)
+
+    def _translated(self, batch: Any, use: _Use, *, count: bool) -> Any:
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if not _are_rows(x):
+            return batch  # samples of somebody else's
+        rows = as_numpy(x[ROWS]).astype(np.int64)
+        if count:
+            self.report.batches += 1
+            self.report.replayed += use.region is not None
+        return keras.utils.pack_x_y_sample_weight(self._inputs(rows, use), y, weight)
+
+    def _inputs(self, rows: NDArray[np.int64], use: _Use) -> Any:
+        """What the model is called with for these samples."""
+        source = int(np.searchsorted(self._starts, rows[0], side="right")) - 1
+        local = rows - self._starts[source]
+        samples, x = self._sources[source]
+        if use.region is None:
+            return _tensors(x, local)
+        given = use.features[source].read(local, self.report)
+        order = {id(v): i for i, v in enumerate(use.region.graph.inputs)}
+        given += [samples.arrays[order[id(v)]][local] for v in use.region.passed]
+        return {
+            f"{_FRONTIER}:{use.number}:{i:04d}": keras.ops.convert_to_tensor(value)
+            for i, value in enumerate(given)
+        }
+
+    # -- following the model ---------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Everything is built: from now on no step may see numbers of samples."""
+        self._building = False
+
+    def follow(self) -> None:
+        """Before a step: look again if the train function is not the one that was last seen."""
+        function = self.model.train_function
+        if function is self._seen:
+            return
+        _sync(self.model)
+        use = getattr(function, "use", None)
+        if use is None:  # made by a callback of its own
+            self.refresh()
+            self.model.train_function = self._fed(function, self._now)
+        elif use is not self._now:  # kept from an earlier plan
+            if use.flags == self._flags() and self._is_fresh(use):
+                self._now = use
+            else:
+                self.model.make_train_function(force=True)
+        self._seen = self.model.train_function
+
+    def check_weights(self) -> None:
+        """Before an epoch: if somebody wrote to frozen weights, find and fill anew."""
+        if self._now.region is not None and not self._is_fresh(self._now):
+            self.report.note("frozen weights have changed: their outputs are computed again")
+            self.model.make_train_function(force=True)
+
+    def refresh(self) -> None:
+        """Find the region of the model's present state, and have its frontier ready."""
+        flags = self._flags()
+        if self._library is None or (flags == self._now.flags and self._is_fresh(self._now)):
+            return
+        began = time.perf_counter()
+        old, self._now = self._now, self._raw
+        try:
+            if flags in self._refused:
+                raise FrontierError("cache these layers", found=self._refused[flags])
+            with _generators_kept():
+                self._now = self._prepared(old, flags)
+        except (FrontierError, StorageError) as error:
+            self._refused[flags] = error.found
+            self.report.note(f"not cached: {error.found}")
+        self.report.find_s += time.perf_counter() - began
+
+    def _flags(self) -> tuple[Any, ...]:
+        """The flags and wrappers that regions depend on."""
+        layers = [layer for _, layer in layers_of(self.model) if layer is not self.model]
+        modes = tuple((id(layer), layer.trainable, "call" in vars(layer)) for layer in layers)
+        return *modes, tuple((id(v), v.trainable) for v in self.model.variables)
+
+    def _is_fresh(self, use: _Use) -> bool:
+        return use.region is None or weight_parts(use.region) == use.weights
+
+    def _prepared(self, old: _Use, flags: tuple[Any, ...]) -> _Use:
+        """The region of now, found, filled and compared with the whole model."""
+        samples, x = self._sources[0]
+        region = find_region(self.model, _first_rows(x), wrapped=True)
+        if why := region.why_not or _cast(self.model, region):
+            raise FrontierError("cache these layers", found=why)
+        use = _Use(
+            next(self._numbers), region, rest_model(region), flags=flags,
+            weights=weight_parts(region), run=runner(frozen_model(region), self.model),
+        )  # fmt: skip
+        try:
+            self._fill(use, self._shortcut(old, region))
+            self._uses[use.number] = use
+            if why := self._difference(use):
+                raise FrontierError("cache these layers", found=why)
+        except (FrontierError, StorageError):
+            self._uses.pop(use.number, None)
+            for features in use.features:
+                features.close()
+            raise
+        self.report.note(region.describe())
+        return self._added(use)
+
+    def _added(self, use: _Use) -> _Use:
+        self._uses[use.number] = use
+        return use
+
+    def _fill(self, use: _Use, shortcut: tuple[_Use, Runner] | None) -> None:
+        compiled = [bool(self.model.jit_compile), bool(self.model.run_eagerly)]
+        for source, (samples, _) in enumerate(self._sources):
+            key = region_key(
+                use.region, data=samples.data, encoding=self._encoding,
+                compiled=compiled, weights=use.weights,
+            )  # fmt: skip
+            if key.unknown:
+                self.report.note(f"for this run only: {key.unknown[0]}")
+            features = Features(
+                samples, use.region.frontier, key, self._place(known=not key.unknown),
+                encoding=self._encoding, most_bytes=self._most_bytes,
+                about={"model": self.model.name, "data": samples.name, "of": "keras"},
+                compute=shortcut[1] if shortcut else use.run,
+                source=shortcut[0].features[source] if shortcut else None,
+            )  # fmt: skip
+            use.features.append(features)
+            features.fill(self.report)
+            features.compute_from_samples(use.run)
+
+    def _place(self, *, known: bool) -> Library:
+        """The library; for what no later run can recognise, one that goes with this run."""
+        if known and self._library is not None:
+            return self._library
+        if self._private is None:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="frostline-"))
+            self._private = Library(folder)
+        return self._private
+
+    def _shortcut(self, old: _Use, region: KerasRegion) -> tuple[_Use, Runner] | None:
+        """How to compute a deeper frontier from the one before, where that has all it needs."""
+        if old.region is None or self._encoding != "exact" or not self._is_fresh(old):
+            return None
+        if not set(old.region.frozen) <= set(region.frozen):
+            return None
+        names = {v.name: v for call in region.graph.calls for v in call.outputs}
+        sources = [names[v.name] for v in old.region.frontier]
+        shared = {names[v.name]: a for v, a in old.region.shared.items()}
+        try:
+            model = build(region.graph, sources, list(region.frontier), shared=shared)
+        except FrontierError:
+            return None  # it needs the samples as well
+        self.report.note("filled from the frontier before it")
+        return old, runner(model, self.model)
+
+    # -- comparing -------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """After a step, now and then: compare; a region that differs is given up."""
+        if self._now.region is None or self._random.integers(CHECKED_EVERY):
+            return
+        began = time.perf_counter()
+        _sync(self.model)
+        with _generators_kept():
+            why = self._difference(self._now)
+        self.report.check_s += time.perf_counter() - began
+        if why:
+            self._refused[self._now.flags] = why
+            self.report.note(f"not cached any more: {why}")
+            _log.warning("not cached any more: %s", why)
+            self._now = self._raw
+            self.model.make_train_function(force=True)
+
+    def _difference(self, use: _Use) -> str:
+        """What replay does differently from the whole model on a few random samples, or ""."""
+        self.report.checked += 1
+        for source, (samples, x) in enumerate(self._sources):
+            block = int(self._random.integers(-(-len(samples) // BLOCK_ROWS))) * BLOCK_ROWS
+            if name := use.features[source].doubt(block):
+                return f"{name} gives other values now than those that were stored"
+            rows = self._random.integers(len(samples), size=_CHECKED_SAMPLES)
+            whole = self._forward(_tensors(x, rows))
+            rest = self._forward(self._inputs(rows + self._starts[source], use))
+            times = _OUTPUT_TIMES[self._encoding]
+            if not all(close(a, b, times=times) for a, b in zip(whole, rest, strict=True)):
+                return f"the outputs differ on {samples.name} samples when the rest runs alone"
+        return ""
+
+    def _forward(self, inputs: Any) -> list[NDArray[Any]]:
+        """The model's outputs in inference; its state is left as it was."""
+        with put_back(self.model.non_trainable_variables):
+            outputs = self.model(inputs, training=False)
+        return [as_numpy(output) for output in keras.tree.flatten(outputs)]
+
+
+class Watch(keras.callbacks.Callback):
+    """Tells a session where `fit` is. Comes after all other callbacks, to see what they did."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Losses and metrics are built by now."""
+        self._session.begin()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Look whether frozen weights are what they were."""
+        self._session.check_weights()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Look whether another callback has changed what trains."""
+        self._session.follow()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Compare, now and then."""
+        self._session.check()
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """The global generators are afterwards where they were: Keras shuffles samples by them."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch = sys.modules.get("torch") if keras.backend.backend() == "torch" else None
+    drawn = torch.get_rng_state() if torch else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        if torch:
+            torch.set_rng_state(drawn)
+
+
+def _number(inputs: Any) -> int | None:
+    """Of the frontier that these inputs are; None: they are none."""
+    if not (isinstance(inputs, Mapping) and inputs):
+        return None
+    kind, _, rest = str(next(iter(inputs))).partition(":")
+    return int(rest.partition(":")[0]) if kind == _FRONTIER else None
+
+
+def _tensors(x: Any, rows: NDArray[np.int64]) -> Any:
+    """Some samples in the structure of `x`, typed as Keras types the arrays that `fit` is given."""
+
+    def take(array: Any) -> Any:
+        values = np.asarray(array[rows])
+        return keras.ops.convert_to_tensor(values, dtype=_dtype(array))
+
+    return keras.tree.map_structure(take, x)
+
+
+def _dtype(array: NDArray[Any]) -> str:
+    floating = np.issubdtype(array.dtype, np.floating)
+    return keras.backend.floatx() if floating else str(array.dtype)
+
+
+def _are_rows(inputs: Any) -> bool:
+    return isinstance(inputs, Mapping) and set(inputs) == {ROWS}
+
+
+def _first_rows(x: Any) -> Any:
+    return keras.tree.map_structure(lambda array: np.asarray(array[:_CHECKED_SAMPLES]), x)
+
+
+def _cast(model: keras.Model, region: KerasRegion) -> str:
+    """Why frontier values would not reach the rest as they are; empty when they do."""
+    if isinstance(model, keras.Function):
+        return ""  # functional models take each input as it is
+    odd = [v for v in region.frontier if _is_float(v) and v.dtype != model.compute_dtype]
+    return f"{odd[0].name} is {odd[0].dtype}, and {model.name} casts what it gets" if odd else ""
+
+
+def _is_float(value: Value) -> bool:
+    return "float" in value.dtype
+
+
+def _sync(model: keras.Model) -> None:
+    """On JAX, let the model's variables hold their values in the middle of an epoch."""
+    if keras.backend.backend() == "jax":
+        model.jax_state_sync()
