@@ -11,6 +11,18 @@ from hypothesis import settings
 settings.register_profile("frostline", deadline=None)
 settings.load_profile("frostline")
 
+# Keras is asked for by naming the backend it is to run on, once per process: see tests/keras_suite.
+collect_ignore_glob = (
+    []
+    if os.environ.get("KERAS_BACKEND")
+    else [
+        "tests/keras_suite/*",
+        "src/frostline/backends/keras/*",
+        "src/frostline/frontier/keras/*",
+        "src/frostline/integrations/keras.py",
+    ]
+)
+
 _place = tempfile.TemporaryDirectory(prefix="frostline-tests-")
 
 
