@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from frostline.errors import FrontierError
 from frostline.frontier.encodings import Encoding
-from frostline.frontier.key import CacheKey
 from frostline.frontier.keras.graph import Value
 from frostline.frontier.keras.parts import data_parts
 from frostline.frontier.keras.region import as_numpy, close
+from frostline.frontier.key import CacheKey
 from frostline.frontier.library import Library
 from frostline.frontier.report import CacheReport
 from frostline.frontier.segments import BLOCK_ROWS

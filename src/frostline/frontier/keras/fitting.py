@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import keras
 import numpy as np
 
-from frostline.errors import ConfigError, FrontierError
+from frostline.errors import ConfigError, FrontierError, few
 from frostline.frontier.encodings import Encoding
 from frostline.frontier.keras.features import Samples
 from frostline.frontier.keras.region import as_numpy, flat_inputs
-from frostline.frontier.keras.session import Session, Watch
+from frostline.frontier.keras.session import Before, Behind, Session
 from frostline.frontier.library import Library
 from frostline.frontier.report import CacheReport
+from frostline.policy import Policy
+from frostline.signals import SIGNALS
 
 __all__ = ["CachedFit", "fit"]
 
@@ -36,7 +38,7 @@ class CachedFit:
     """
 
     history: keras.callbacks.History
-    report: CacheReport = field(default_factory=CacheReport)
+    report: CacheReport
 
 
 def fit(
@@ -44,9 +46,6 @@ def fit(
     x: Any,
     y: Any = None,
     *,
-    policy: Any = None,
-    batch_size: int | None = None,
-    epochs: int = 1,
     validation_data: Any = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     cache: Cache = None,
@@ -65,9 +64,9 @@ def fit(
         model: compiled; functional or Sequential ones are cached.
         x: arrays, samples first: one, or a list or dict of them as the model takes them.
         y: targets as arrays.
-        policy: what is frozen when: a policy or its short form, "gradual:every=1ep"; None: what
-            `trainable` flags say, and what other callbacks make of them.
-        batch_size, epochs, callbacks: as for `model.fit`.
+        callbacks: as for `model.fit`; with a `frostline.integrations.keras.FreezeCallback` among
+            them its policy says what is frozen when, and the cache follows. Without one the
+            `trainable` flags say it, and what other callbacks make of them.
         validation_data: `(x, y)` or `(x, y, sample_weight)` of arrays is cached as well; what
             else Keras takes is evaluated uncached.
         cache: where values are kept; None: in the user's cache folder, for later runs too; a
@@ -75,7 +74,7 @@ def fit(
         dtype: "float32" keeps every bit; "bfloat16", "float16" and "int8" take less room.
         data_name: names the samples in the key, instead of a digest of all their bytes.
         most_bytes: the most that the values of one set of samples may take; None: no bound.
-        **rest: of `model.fit`: `shuffle`, `sample_weight`, `class_weight`, `verbose`, ...
+        **rest: of `model.fit`: `batch_size`, `epochs`, `shuffle`, `sample_weight`, `class_weight`, `verbose`, ...
 
     Raises:
         FrontierError: `x` is no set of arrays that fits the model.
@@ -98,16 +97,19 @@ def fit(
     if library is not None and (why := _sees_samples(model)):
         report.note(f"not cached: {why}")
         library = None
+    for callback in callbacks:
+        if library is not None and (why := _looks_inside(callback)):
+            report.note(f"not cached: {why}")
+            library = None
     session = Session(
         model, sources, library=library, encoding=encoding, most_bytes=most_bytes, report=report
     )
-    # TODO policy
     with session:
         if more:
             validation_data = (session.rows(1), *validation_data[1:])
         history = model.fit(
-            session.rows(0), y, batch_size=batch_size, epochs=epochs,
-            validation_data=validation_data, callbacks=[*callbacks, Watch(session)], **rest,
+            session.rows(0), y, validation_data=validation_data,
+            callbacks=[Before(session), *callbacks, Behind(session)], **rest,
         )  # fmt: skip
     return CachedFit(history, report)
 
@@ -132,9 +134,7 @@ def _library(cache: Cache) -> Library | None:
     return Library() if cache is None or cache is True else Library(cache)
 
 
-def _source(
-    model: keras.Model, x: Any, name: str, data_name: str | None
-) -> tuple[Samples, Any]:
+def _source(model: keras.Model, x: Any, name: str, data_name: str | None) -> tuple[Samples, Any]:
     leaves = keras.tree.flatten(x)
     if not leaves or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
         raise FrontierError(
@@ -142,12 +142,24 @@ def _source(
             found=f"a {type(x).__name__} where arrays belong",
             fix="give arrays, samples first; for a tf.data.Dataset: np.concatenate its batches",
         )
-    arrays = keras.tree.map_structure(lambda leaf: as_numpy(leaf), x)
+    arrays = keras.tree.map_structure(as_numpy, x)
     try:
         flat = flat_inputs(model, arrays)
     except AttributeError:  # a model without symbolic inputs runs on x as it is
         flat = [np.asarray(leaf) for leaf in keras.tree.flatten(arrays)]
     return Samples(name, flat, data_name and f"{data_name} ({name})"), arrays
+
+
+def _looks_inside(callback: keras.callbacks.Callback) -> str:
+    """What a policy reads of frozen layers, which then have to run; empty when nothing."""
+    policy = getattr(callback, "policy", None)  # a FreezeCallback's
+    if not isinstance(policy, Policy):
+        return ""
+    inside = [
+        need.signal for need in policy.needs()
+        if need.frozen_too or SIGNALS[need.signal].activations
+    ]  # fmt: skip
+    return f"the policy reads {few(inside)} of layers that are frozen" if inside else ""
 
 
 def _validation(

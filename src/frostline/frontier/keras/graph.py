@@ -227,7 +227,9 @@ class _Reader:
         if not same or model.dtype_policy.quantization_mode is not None:
             return False
         values = dict(zip(map(id, inner), given, strict=True))
-        found = self.read(values, keras.tree.flatten(outputs), f"{self._numbered(route + model.name)}/")
+        found = self.read(
+            values, keras.tree.flatten(outputs), f"{self._numbered(route + model.name)}/"
+        )
         known.update(zip(map(id, node.outputs), found, strict=True))
         return True
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from frostline.backends.keras.digest import sha256_of_variables
 from frostline.backends.keras.names import layers
 from frostline.frontier.identity import Fingerprint, fingerprint
-from frostline.frontier.key import CacheKey, unknown
 from frostline.frontier.keras.graph import Call, Value
 from frostline.frontier.keras.region import KerasRegion
+from frostline.frontier.key import CacheKey, unknown
 from frostline.frontier.machine import kernel_variables, processor
 
 __all__ = ["data_parts", "region_key", "weight_parts"]

@@ -3,8 +3,11 @@
 Keras is given the numbers of the samples in place of the samples, so that it shuffles, splits and
 batches as ever. Between its iterator and the model's compiled step the numbers become frontier
 values (or, where nothing can be cached, the samples themselves), and `model.call` runs the rest of
-the graph on them. Whenever Keras makes its train function anew, the frozen region is looked for
-again: that is how callbacks that freeze and unfreeze layers are followed.
+the graph on them. Whenever what trains has changed, the frozen region is looked for again: that is
+how callbacks that freeze and unfreeze layers are followed.
+
+The model's compiled functions are wrapped for the length of one step only: whoever else keeps or
+replaces them finds what he left.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -43,7 +46,7 @@ from frostline.frontier.library import Library
 from frostline.frontier.report import CacheReport
 from frostline.frontier.segments import BLOCK_ROWS
 
-__all__ = ["ROWS", "Session", "Watch"]
+__all__ = ["ROWS", "Before", "Behind", "Session"]
 
 _log = logging.getLogger("frostline")
 
@@ -54,6 +57,8 @@ _FRONTIER = "frostline_frontier"
 _CHECKED_SAMPLES = 3
 #: One step in so many, at random, is followed by a comparison.
 CHECKED_EVERY = 200
+#: Tells frontiers apart for as long as the process lives: compiled functions know them by it.
+_numbers = itertools.count()
 #: Outputs may differ by this many times the rounding of one value.
 _OUTPUT_TIMES = {"exact": 10.0, "bfloat16": 1000.0, "float16": 300.0, "int8": 2000.0}
 
@@ -107,12 +112,13 @@ class Session:
         self._sources, self._library = sources, library
         self._encoding, self._most_bytes = encoding, most_bytes
         self._random = np.random.default_rng(seed)
-        self._numbers = itertools.count()
         self._uses: dict[int, _Use] = {}
-        self._raw = self._added(_Use(next(self._numbers)))
+        self._raw = _Use(next(_numbers))
         self._now = self._raw
         self._refused: dict[tuple[Any, ...], str] = {}
         self._seen: Any = None
+        self._flags: tuple[Any, ...] = ()
+        self._layers = [layer for _, layer in layers_of(model) if layer is not model]
         self._building = True
         self._starts = np.cumsum([0, *(len(samples) for samples, _ in sources)])
         self._stack = contextlib.ExitStack()
@@ -120,26 +126,18 @@ class Session:
 
     # -- opening and closing ---------------------------------------------------------------------
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         model = self.model
         self._plain_call = model.call
         self._spec = model.input_spec
-        self._made = model.make_train_function, model.make_test_function
         model.call = self._call
         model.input_spec = None  # numbers and frontiers are no inputs of the model
-        model.make_train_function = self._make_train_function
-        model.make_test_function = self._make_test_function
-        model.make_train_function(force=True)
-        model.make_test_function(force=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        model = self.model
-        for name in ("call", "make_train_function", "make_test_function"):
-            delattr(model, name)
-        model.input_spec = self._spec
-        # What was compiled here knows frontiers; Keras makes its own functions when next asked.
-        model.train_function = model.test_function = None
+        self.unwrap()
+        del self.model.call
+        self.model.input_spec = self._spec
         for use in self._uses.values():
             for features in use.features:
                 features.close()
@@ -183,44 +181,40 @@ class Session:
             self._sources[0][1],
         )
 
-    def _make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001,FBT002  as in Keras
-        if self.model.train_function is None or force:
-            self.refresh()
-            self._made[0](force=True)
-            self.model.train_function = self._fed(self.model.train_function, self._now)
-            self._seen = self.model.train_function
-        return self.model.train_function
-
-    def _make_test_function(self, force: bool = False) -> Any:  # noqa: FBT001,FBT002
-        if self.model.test_function is None or force:
-            self._made[1](force=True)
-            self.model.test_function = self._fed(self.model.test_function, None)
-        return self.model.test_function
-
-    def _fed(self, function: Callable[..., Any], use: _Use | None) -> Callable[..., Any]:
-        """A compiled step that is handed frontiers; `use` None: those in use at each call."""
+    def wrap(self, name: str, *, count: bool) -> None:
+        """For the coming step, let a compiled function of the model be handed frontiers."""
+        function = getattr(self.model, name)
+        if getattr(function, "within", None) is not None:
+            return
 
         def fed(*args: Any) -> Any:
             *state, batches = args
-            return function(*state, self._batches(batches, use or self._now, count=use is not None))
+            return function(*state, self._batches(batches, count=count))
 
-        fed.use = use
-        return fed
+        fed.within = function
+        setattr(self.model, name, fed)
 
-    def _batches(self, batches: Any, use: _Use, *, count: bool) -> Any:
+    def unwrap(self) -> None:
+        """After a step: the functions are as they were."""
+        for name in ("train_function", "test_function"):
+            within = getattr(getattr(self.model, name), "within", None)
+            if within is not None:
+                setattr(self.model, name, within)
+
+    def _batches(self, batches: Any, *, count: bool) -> Any:
         if isinstance(batches, list | tuple):  # PyTorch's trainer hands over a list of one
-            return [self._translated(batch, use, count=count) for batch in batches]
-        return (self._translated(batch, use, count=count) for batch in batches)
+            return [self._translated(batch, count=count) for batch in batches]
+        return (self._translated(batch, count=count) for batch in batches)
 
-    def _translated(self, batch: Any, use: _Use, *, count: bool) -> Any:
+    def _translated(self, batch: Any, *, count: bool) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         if not _are_rows(x):
             return batch  # samples of somebody else's
         rows = as_numpy(x[ROWS]).astype(np.int64)
         if count:
             self.report.batches += 1
-            self.report.replayed += use.region is not None
-        return keras.utils.pack_x_y_sample_weight(self._inputs(rows, use), y, weight)
+            self.report.replayed += self._now.region is not None
+        return keras.utils.pack_x_y_sample_weight(self._inputs(rows, self._now), y, weight)
 
     def _inputs(self, rows: NDArray[np.int64], use: _Use) -> Any:
         """What the model is called with for these samples."""
@@ -243,80 +237,70 @@ class Session:
         """Everything is built: from now on no step may see numbers of samples."""
         self._building = False
 
-    def follow(self) -> None:
-        """Before a step: look again if the train function is not the one that was last seen."""
+    def follow(self, *, epoch: bool = False) -> None:
+        """Before a step, or an epoch: look again if what trains may have changed.
+
+        Compiled steps go by the flags of the time when they were made; others by those of now.
+        """
         function = self.model.train_function
-        if function is self._seen:
+        eager = keras.backend.backend() == "torch" or self.model.run_eagerly
+        if not (epoch or eager or function is not self._seen):
             return
-        _sync(self.model)
-        use = getattr(function, "use", None)
-        if use is None:  # made by a callback of its own
-            self.refresh()
-            self.model.train_function = self._fed(function, self._now)
-        elif use is not self._now:  # kept from an earlier plan
-            if use.flags == self._flags() and self._is_fresh(use):
-                self._now = use
-            else:
-                self.model.make_train_function(force=True)
-        self._seen = self.model.train_function
+        self._seen = function
+        flags = self._flags_now()
+        if flags != self._flags or epoch:
+            _sync(self.model)
+            self._choose(flags)
 
-    def check_weights(self) -> None:
-        """Before an epoch: if somebody wrote to frozen weights, find and fill anew."""
-        if self._now.region is not None and not self._is_fresh(self._now):
-            self.report.note("frozen weights have changed: their outputs are computed again")
-            self.model.make_train_function(force=True)
-
-    def refresh(self) -> None:
-        """Find the region of the model's present state, and have its frontier ready."""
-        flags = self._flags()
-        if self._library is None or (flags == self._now.flags and self._is_fresh(self._now)):
+    def _choose(self, flags: tuple[Any, ...]) -> None:
+        """The use that fits the model's flags: the present one, one from before, or a new one."""
+        self._flags = flags
+        if self._library is None:
             return
         began = time.perf_counter()
         old, self._now = self._now, self._raw
         try:
+            fits = [use for use in self._uses.values() if use.flags == flags]
+            fresh = [use for use in fits if self._is_fresh(use)]
+            if fits and not fresh and flags not in self._refused:
+                self.report.note("frozen weights have changed: their outputs are computed again")
             if flags in self._refused:
-                raise FrontierError("cache these layers", found=self._refused[flags])
+                return
             with _generators_kept():
-                self._now = self._prepared(old, flags)
+                self._now = fresh[-1] if fresh else self._prepared(old, flags)
         except (FrontierError, StorageError) as error:
             self._refused[flags] = error.found
             self.report.note(f"not cached: {error.found}")
-        self.report.find_s += time.perf_counter() - began
+        finally:
+            self.report.find_s += time.perf_counter() - began
 
-    def _flags(self) -> tuple[Any, ...]:
+    def _flags_now(self) -> tuple[Any, ...]:
         """The flags and wrappers that regions depend on."""
-        layers = [layer for _, layer in layers_of(self.model) if layer is not self.model]
-        modes = tuple((id(layer), layer.trainable, "call" in vars(layer)) for layer in layers)
-        return *modes, tuple((id(v), v.trainable) for v in self.model.variables)
+        modes = tuple((layer.trainable, vars(layer).get("call")) for layer in self._layers)
+        return *modes, tuple(v.trainable for v in self.model.variables)
 
     def _is_fresh(self, use: _Use) -> bool:
         return use.region is None or weight_parts(use.region) == use.weights
 
     def _prepared(self, old: _Use, flags: tuple[Any, ...]) -> _Use:
         """The region of now, found, filled and compared with the whole model."""
-        samples, x = self._sources[0]
-        region = find_region(self.model, _first_rows(x), wrapped=True)
+        region = find_region(self.model, _first_rows(self._sources[0][1]), wrapped=True)
         if why := region.why_not or _cast(self.model, region):
             raise FrontierError("cache these layers", found=why)
         use = _Use(
-            next(self._numbers), region, rest_model(region), flags=flags,
+            next(_numbers), region, rest_model(region), flags=flags,
             weights=weight_parts(region), run=runner(frozen_model(region), self.model),
         )  # fmt: skip
         try:
             self._fill(use, self._shortcut(old, region))
             self._uses[use.number] = use
-            if why := self._difference(use):
-                raise FrontierError("cache these layers", found=why)
+            self._compare(use)
         except (FrontierError, StorageError):
             self._uses.pop(use.number, None)
             for features in use.features:
                 features.close()
             raise
         self.report.note(region.describe())
-        return self._added(use)
-
-    def _added(self, use: _Use) -> _Use:
-        self._uses[use.number] = use
         return use
 
     def _fill(self, use: _Use, shortcut: tuple[_Use, Runner] | None) -> None:
@@ -380,7 +364,10 @@ class Session:
             self.report.note(f"not cached any more: {why}")
             _log.warning("not cached any more: %s", why)
             self._now = self._raw
-            self.model.make_train_function(force=True)
+
+    def _compare(self, use: _Use) -> None:
+        if why := self._difference(use):
+            raise FrontierError("cache these layers", found=why)
 
     def _difference(self, use: _Use) -> str:
         """What replay does differently from the whole model on a few random samples, or ""."""
@@ -404,8 +391,24 @@ class Session:
         return [as_numpy(output) for output in keras.tree.flatten(outputs)]
 
 
-class Watch(keras.callbacks.Callback):
-    """Tells a session where `fit` is. Comes after all other callbacks, to see what they did."""
+class Before(keras.callbacks.Callback):
+    """Stands before all other callbacks: what they see of the model is theirs."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Leave the model's functions as they were."""
+        self._session.unwrap()
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Leave the model's functions as they were."""
+        self._session.unwrap()
+
+
+class Behind(keras.callbacks.Callback):
+    """Stands behind all other callbacks: what they did to the model is done."""
 
     def __init__(self, session: Session) -> None:
         super().__init__()
@@ -417,15 +420,20 @@ class Watch(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Look whether frozen weights are what they were."""
-        self._session.check_weights()
+        self._session.follow(epoch=True)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Look whether another callback has changed what trains."""
         self._session.follow()
+        self._session.wrap("train_function", count=True)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Compare, now and then."""
         self._session.check()
+
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Evaluation runs on frontiers as well."""
+        self._session.wrap("test_function", count=False)
 
 
 @contextlib.contextmanager
