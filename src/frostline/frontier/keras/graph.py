@@ -117,7 +117,7 @@ def flatten(model: keras.Model, *, wrapped: bool = False) -> Graph:
             fix="build it from keras.Input with the functional API; it trains uncached as it is",
         )
     inputs, outputs = ends(model)
-    if not inputs:
+    if not keras.tree.flatten(inputs):
         raise FrontierError(
             "cut the model at its frozen layers",
             found=f"{model.name} is not built, so its graph is not known yet",

@@ -347,6 +347,8 @@ def as_numpy(value: Any) -> NDArray[Any]:
     """The values of a tensor or variable, or the array itself."""
     if isinstance(value, np.ndarray):
         return value
+    if isinstance(value, keras.Variable):
+        value = keras.ops.convert_to_tensor(value)
     return np.asarray(keras.ops.convert_to_numpy(value))
 
 

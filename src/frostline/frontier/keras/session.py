@@ -59,6 +59,8 @@ _CHECKED_SAMPLES = 3
 CHECKED_EVERY = 200
 #: Tells frontiers apart for as long as the process lives: compiled functions know them by it.
 _numbers = itertools.count()
+#: Of TensorFlow's iterators: one for training, one for validation, and those before them.
+_KEPT_ITERATORS = 4
 #: Outputs may differ by this many times the rounding of one value.
 _OUTPUT_TIMES = {"exact": 10.0, "bfloat16": 1000.0, "float16": 300.0, "int8": 2000.0}
 
@@ -118,6 +120,8 @@ class Session:
         self._refused: dict[tuple[Any, ...], str] = {}
         self._seen: Any = None
         self._flags: tuple[Any, ...] = ()
+        self._iterators: dict[int, tuple[Any, _Use, Any]] = {}
+        self._failed: Exception | None = None
         self._layers = [layer for _, layer in layers_of(model) if layer is not model]
         self._building = True
         self._starts = np.cumsum([0, *(len(samples) for samples, _ in sources)])
@@ -138,6 +142,7 @@ class Session:
         self.unwrap()
         del self.model.call
         self.model.input_spec = self._spec
+        self._iterators.clear()
         for use in self._uses.values():
             for features in use.features:
                 features.close()
@@ -189,7 +194,12 @@ class Session:
 
         def fed(*args: Any) -> Any:
             *state, batches = args
-            return function(*state, self._batches(batches, count=count))
+            try:
+                return function(*state, self._batches(batches, count=count))
+            except Exception:
+                if self._failed is not None:  # Keras's pipeline has wrapped it in an error of its own
+                    raise self._failed from None
+                raise
 
         fed.within = function
         setattr(self.model, name, fed)
@@ -204,7 +214,42 @@ class Session:
     def _batches(self, batches: Any, *, count: bool) -> Any:
         if isinstance(batches, list | tuple):  # PyTorch's trainer hands over a list of one
             return [self._translated(batch, count=count) for batch in batches]
+        if keras.backend.backend() == "tensorflow" and not self.model.run_eagerly:
+            return self._tensorflow_batches(batches, count=count)
         return (self._translated(batch, count=count) for batch in batches)
+
+    def _tensorflow_batches(self, batches: Any, *, count: bool) -> Any:
+        """An iterator of TensorFlow's whose batches are of no fixed size where Keras's are of none.
+
+        Keras weighs the losses of several outputs by the size that it knows when it traces.
+        """
+        known = self._iterators.get(id(batches))
+        if known is not None and known[:2] == (batches, self._now):
+            return known[2]
+        import tensorflow as tf  # noqa: PLC0415  only where Keras runs on it
+
+        def translated() -> Iterator[Any]:
+            try:
+                for batch in batches:
+                    yield self._translated(batch, count=count)
+            except Exception as error:
+                self._failed = error
+                raise
+
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(batches.element_spec)
+        if not _are_rows(x):
+            return batches
+        size = x[ROWS].shape[0]
+        like = keras.tree.map_structure(
+            lambda t: tf.TensorSpec((size, *t.shape[1:]), t.dtype),
+            self._inputs(self._starts[:1], self._now),
+        )
+        signature = keras.utils.pack_x_y_sample_weight(like, y, weight)
+        iterator = iter(tf.data.Dataset.from_generator(translated, output_signature=signature))
+        if len(self._iterators) >= _KEPT_ITERATORS:
+            self._iterators.pop(next(iter(self._iterators)))
+        self._iterators[id(batches)] = (batches, self._now, iterator)
+        return iterator
 
     def _translated(self, batch: Any, *, count: bool) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
