@@ -24,12 +24,13 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 import xxhash
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["UNKNOWN", "Fingerprint", "content_digest", "fingerprint"]
 
@@ -88,6 +89,7 @@ def content_digest(sample: Value) -> int:
     """64 bits (xxh3) of what a sample holds, never 0; `UNKNOWN` where it cannot be read.
 
     Example:
+        >>> import torch
         >>> content_digest((torch.ones(3), 1)) == content_digest((torch.ones(3), 1))
         True
         >>> content_digest((torch.ones(3), 1)) == content_digest((torch.ones(3), 2))
@@ -117,7 +119,8 @@ class _Walk:
             if self._files and type(value) is str:
                 self._file(value)
             return
-        if isinstance(value, Tensor):
+        torch = _torch()
+        if torch is not None and isinstance(value, torch.Tensor):
             self.tensor(value)
             return
         if isinstance(value, type):
@@ -173,6 +176,7 @@ class _Walk:
         self._hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def tensor(self, tensor: Tensor) -> None:
+        torch = _torch()
         if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
             raise _Unreadable(f"a tensor of layout {tensor.layout} on {tensor.device}")
         plain = tensor.detach()
@@ -326,6 +330,9 @@ class _Walk:
         self.text("wrapped")
         self.value(value.__wrapped__ if hasattr(value, "__wrapped__") else value.__func__)
 
+    def said(self, value: Value) -> None:
+        self.text(f"{type(value).__name__} {value}")
+
     def accessors(self, value: property) -> None:
         for part in (value.fget, value.fset, value.fdel):
             self.value(part)
@@ -383,10 +390,10 @@ class _Walk:
 
     def random(self, value: Value) -> None:
         self.text(type(value).__name__)
-        if isinstance(value, torch.Generator):
-            self.tensor(value.get_state())
-        else:
+        if isinstance(value, np.random.Generator):
             self.value(value.bit_generator.state)
+        else:
+            self.tensor(value.get_state())
 
     def _hugging_face(self, data: Value) -> None:
         """Rows of a Hugging Face data set as Arrow has them, then its columns and its format."""
@@ -461,15 +468,14 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (types.BuiltinFunctionType, _Walk.builtin),
     ((types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType,
       types.GetSetDescriptorType, types.MemberDescriptorType, types.EllipsisType,
-      types.NotImplementedType, torch.dtype, torch.device, torch.layout, torch.Size, np.dtype,
-      slice, range), lambda walk, value: walk.text(f"{type(value).__name__} {value}")),
+      types.NotImplementedType, np.dtype, slice, range), _Walk.said),
     (types.ModuleType, _Walk.module),
     (functools.partial, _Walk.partial),
     ((staticmethod, classmethod), _Walk.wrapped),
     (type(functools.lru_cache(len)), _Walk.wrapped),
     (property, _Walk.accessors),
     (PurePath, _Walk.path),
-    ((torch.Generator, np.random.Generator), _Walk.random),
+    (np.random.Generator, _Walk.random),
     (types.MappingProxyType, _Walk.mapping),
 )  # fmt: skip
 
@@ -477,4 +483,18 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
 @functools.lru_cache(maxsize=1000)
 def _description(kind: type) -> Callable[[_Walk, Any], None] | None:
     """How objects of this class are read; None: not by their class."""
-    return next((describe for kinds, describe in _KINDS if issubclass(kind, kinds)), None)
+    table = (*_KINDS, *_torch_kinds())
+    return next((describe for kinds, describe in table if issubclass(kind, kinds)), None)
+
+
+def _torch() -> Any:
+    """PyTorch if this process has it loaded; without it there are no values of its types."""
+    return sys.modules.get("torch")
+
+
+def _torch_kinds() -> tuple[tuple[Any, Callable[[_Walk, Any], None]], ...]:
+    torch = _torch()
+    if torch is None:
+        return ()
+    plain = (torch.dtype, torch.device, torch.layout, torch.Size)
+    return ((plain, _Walk.said), (torch.Generator, _Walk.random))

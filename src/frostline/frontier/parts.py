@@ -20,20 +20,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from frostline import _io
 from frostline.backends.torch.digest import TensorTable, sha256_of_tensors, unwrapped
 from frostline.errors import BackendError, FrontierError
 from frostline.frontier.describe import Describer, package_version
 from frostline.frontier.key import CacheKey, unknown
+from frostline.frontier.machine import kernel_variables, processor
 
 __all__ = [
     "FORMAT",
@@ -87,17 +85,6 @@ _CUDA_FLAGS = (
     "backends.cudnn.rnn.fp32_precision",
     "backends.cudnn.version",
 )
-#: Variables through which numeric libraries choose other kernels.
-_VARIABLES = (
-    "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR",
-    "MKL_DYNAMIC", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE",
-    "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE",
-    "OPENBLAS_NUM_THREADS", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-)  # fmt: skip
-_CPU_FACTS = (
-    "vendor_id", "cpu family", "model", "model name", "stepping", "cache size", "flags",
-    "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features",
-)  # fmt: skip
 
 
 class Stored(Protocol):
@@ -447,14 +434,14 @@ def compute_parts(device: torch.device | str = "cpu") -> dict[str, Any]:
     device = torch.device(device)
     found: dict[str, Any] = {
         "device": _device(device),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "default_dtype": str(torch.get_default_dtype()),
         "autocast": {kind: _autocast(kind) for kind in sorted({"cpu", device.type})},
         "denormals": bool((torch.full((), 1e-40) * 0.5).item()),
         "nnpack": _nnpack(),
-        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "environment": kernel_variables(),
     }
     flags = _FLAGS + (_CUDA_FLAGS if device.type == "cuda" else ())
     return found | {name: _flag(name) for name in flags}
@@ -475,24 +462,6 @@ def _autocast(kind: str) -> str:
     except RuntimeError:  # a kind that has none
         return "off"
     return str(torch.get_autocast_dtype(kind)) if enabled else "off"
-
-
-@functools.cache
-def _cpu() -> str:
-    """Name of the processor, and a digest of what it can do: kernels are chosen by that."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            text = file.read(1 << 16)
-    except OSError:
-        text = ""
-    first = text.partition("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    facts = {name.strip(): value.strip() for name, _, value in pairs}
-    kept = {name: facts[name] for name in _CPU_FACTS if name in facts}
-    kept |= {"machine": platform.machine(), "processor": platform.processor()}
-    kept |= {"byte order": sys.byteorder}
-    digest = hashlib.sha256(_io.canonical_json(kept)).hexdigest()[:8]
-    return f"{facts.get('model name') or platform.processor() or platform.machine()} [{digest}]"
 
 
 def _nnpack() -> bool | None:

@@ -19,8 +19,8 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from frostline.backends.torch.random_state import mix
 from frostline.errors import ConfigError
+from frostline.seeds import mix
 
 __all__ = ["MAX_VIEWS", "IntArray", "Order", "Views"]
 

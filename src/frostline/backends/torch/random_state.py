@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from frostline.seeds import mix
 
 __all__ = [
     "RANDOM_STREAMS",
@@ -89,17 +90,6 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         write_random_state(state)
-
-
-def mix(*numbers: int) -> int:
-    """One seed in [0, 2**32) from several numbers; the same in every process.
-
-    Example:
-        >>> mix(0, 7) == mix(0, 7), mix(0, 7) == mix(7, 0)
-        (True, False)
-    """
-    text = ",".join(str(n) for n in numbers)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
 @contextmanager
