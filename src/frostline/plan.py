@@ -206,6 +206,7 @@ class FreezePlan:
             if g.name in self.frozen
             for buffer in g.buffers
             if not (buffer.kind == "norm" and g.name in self.live_norm)
+            and not (buffer.kind == "seed" and g.name in self.live_dropout)
         )
         return self.frozen_parameters(groups) | buffers
 

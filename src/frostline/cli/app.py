@@ -117,6 +117,11 @@ _COMMANDS = (
         ),
     ),
     _Command(
+        "export",
+        "Write the tuned Keras model of a run as a .keras file.",
+        ("frostline export runs/MobileNet-auto-001 flowers.keras",),
+    ),
+    _Command(
         "watch",
         "Serve a page of a run that follows it while it trains, on this machine only.",
         ("frostline watch runs/resnet18-gradual-001", "frostline watch --open"),

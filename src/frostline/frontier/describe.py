@@ -322,6 +322,9 @@ class Describer:
 
     def _object(self, value: Any) -> Any:
         cls = type(value)
+        if cls.__module__.startswith("frostline.") and hasattr(cls, "stands_for"):
+            # An adapter of ours to a library whose objects cannot be described from outside.
+            return ["stands for", self._describe(cls), self._describe(value.stands_for())]
         if cls.__module__ == "contextlib" and hasattr(value, "gen"):
             # What `contextmanager` makes; as a decorator it makes itself anew at every call.
             return ["context", *self._all((value.func, value.args, value.kwds))]

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from frostline.backends.torch.blocks import is_norm
 from frostline.backends.torch.digest import TensorTable, sha256_of_tensors, unwrapped
 from frostline.errors import BackendError, FrontierError
 from frostline.frontier.describe import Describer, package_version
@@ -290,6 +291,11 @@ def _is_collected(name: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a tensor is a statistic that its norm moves at each step."""
     home, _, own = name.rpartition(".")
     module = modules[home]
+    if own in (
+        "moving_mean",
+        "moving_variance",
+    ):  # Keras's, see frostline.backends.keras.torch_module
+        return module.training and is_norm(module)
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     return own in statistics and module.training and hasattr(module, "track_running_stats")
 

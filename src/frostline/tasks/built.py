@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -27,6 +27,7 @@ class Built:
         spec: plain JSON from which the same architecture is built again without any download.
         head: glob of the head's modules, or None when unknown.
         fresh: names of tensors that start from random values.
+        notes: plain JSON for the run's record, besides what all sources tell.
     """
 
     model: nn.Module
@@ -34,3 +35,4 @@ class Built:
     spec: Mapping[str, Any]
     head: str | None = None
     fresh: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)

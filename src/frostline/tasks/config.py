@@ -78,8 +78,9 @@ class RunConfig(BaseModel):
 
     model: str = Field(
         min_length=1,
-        description="What to fine-tune: 'timm:NAME', 'torchvision:NAME', 'hf:NAME_OR_DIR' or "
-        "'package.module:callable' (called with num_classes=N).",
+        description="What to fine-tune: 'timm:NAME', 'torchvision:NAME', 'hf:NAME_OR_DIR', "
+        "'keras:NAME' (of keras.applications), a .keras file, or 'package.module:callable' (called "
+        "with num_classes=N).",
     )
     data: str = Field(
         min_length=1,
@@ -95,8 +96,8 @@ class RunConfig(BaseModel):
     )
     weights: Literal["pretrained", "random"] | Path = Field(
         "pretrained",
-        description="'pretrained', 'random', or a .safetensors file. Pretrained by default: "
-        "freezing random weights is of no use.",
+        description="'pretrained', 'random', or a .safetensors file (for 'keras:NAME' also .h5). "
+        "Pretrained by default: freezing random weights is of no use.",
     )
     head_start: Literal["random", "solved"] | None = Field(
         None,

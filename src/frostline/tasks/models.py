@@ -1,4 +1,4 @@
-"""Models by name: ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME_OR_DIR`` or a callable."""
+"""Models by name: ``timm:``, ``torchvision:``, ``hf:``, ``keras:``, a .keras file, a callable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from frostline.backends.torch.random_state import seeded
 from frostline.errors import ModelError
-from frostline.tasks import callable_source, hf_source, timm_source, torchvision_source
+from frostline.tasks import (
+    callable_source,
+    hf_source,
+    keras_source,
+    timm_source,
+    torchvision_source,
+)
 from frostline.tasks.built import Built, Kind
 from frostline.tasks.config import RunConfig
 from frostline.tasks.imports import is_callable_spec
@@ -22,8 +28,12 @@ _SOURCES: Mapping[str, ModuleType] = {
     "timm": timm_source,
     "torchvision": torchvision_source,
     "hf": hf_source,
+    "keras": keras_source,
 }
-_FORMS = "'timm:NAME', 'torchvision:NAME', 'hf:NAME_OR_DIR' or 'package.module:callable'"
+_FORMS = (
+    "'timm:NAME', 'torchvision:NAME', 'hf:NAME_OR_DIR', 'keras:NAME', a .keras file or "
+    "'package.module:callable'"
+)
 
 
 def build_model(config: RunConfig, *, kind: Kind, labels: tuple[str, ...]) -> Built:
@@ -44,6 +54,8 @@ def build_model(config: RunConfig, *, kind: Kind, labels: tuple[str, ...]) -> Bu
     with seeded(config.seed):
         if colon and name and source in _SOURCES:
             built = _SOURCES[source].build(name, config=config, labels=labels, kind=kind)
+        elif config.model.lower().endswith(".keras"):
+            built = keras_source.build(config.model, config=config, labels=labels, kind=kind)
         elif is_callable_spec(config.model):
             built = callable_source.build(config.model, config=config, labels=labels, kind=kind)
         else:

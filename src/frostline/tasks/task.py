@@ -235,6 +235,7 @@ def load_task(config: RunConfig) -> Task:
         "content_sha256": content,
         "head": built.head,
         "fresh_tensors": _counted(built.fresh),
+        **built.notes,
     }
     task = Task(
         kind=data.kind,

@@ -31,7 +31,12 @@ from frostline.groups import LayerGroup, LayerGroups, ModuleInfo, TensorInfo
 __all__ = ["layer_groups"]
 
 NAMES_SHOWN = 6
-_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+#: Running statistics, as PyTorch and Keras call them.
+_NORM_BUFFERS = (
+    "running_mean", "running_var", "num_batches_tracked", "moving_mean", "moving_variance"
+)  # fmt: skip
+#: State of the random numbers of one layer, as Keras calls it: it moves while dropout is active.
+_SEED_BUFFER = "seed_generator_state"
 
 
 def layer_groups(
@@ -348,8 +353,10 @@ def _parameter_kind(name: str, tensor: Tensor, module: nn.Module | None) -> str:
 
 
 def _buffer_kind(name: str, module: nn.Module | None) -> str:
-    is_statistic = name.rpartition(".")[2] in _NORM_BUFFERS
-    return "norm" if is_statistic and module is not None and is_norm(module) else "buffer"
+    own = name.rpartition(".")[2]
+    if own in _NORM_BUFFERS and module is not None and is_norm(module):
+        return "norm"
+    return "seed" if own == _SEED_BUFFER else "buffer"
 
 
 def _matching(model: nn.Module, glob: str) -> frozenset[str]:

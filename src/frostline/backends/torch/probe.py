@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -83,9 +84,9 @@ class TorchProbe:
     def matrices(self, unit: LayerGroup) -> list[Matrix]:
         """The singular values of each parameter of two or more dimensions."""
         found: list[Matrix] = []
-        for weight in self.weights(unit):
+        for parameter, weight in zip(self._floating(unit), self.weights(unit), strict=True):
             if weight.ndim > 1 and weight.numel():
-                matrix = weight.reshape(len(weight), -1)
+                matrix = _outputs_first(weight, getattr(parameter, "trailing_outputs", 0))
                 single = torch.complex64 if matrix.is_complex() else torch.float32
                 values = torch.linalg.svdvals(matrix.to(single))
                 rows, columns = matrix.shape
@@ -155,3 +156,16 @@ class TorchProbe:
 
 def _together(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([p.to(parts[0].device) for p in parts])
+
+
+def _outputs_first(weight: Tensor, trailing: int) -> Tensor:
+    """A weight as a matrix with a row per output.
+
+    Args:
+        weight: of two or more dimensions.
+        trailing: how many of the last dimensions count outputs, as in Keras's layers; 0 where the
+            first one does.
+    """
+    if not trailing:
+        return weight.reshape(len(weight), -1)
+    return weight.reshape(math.prod(weight.shape[:-trailing]), -1).T
