@@ -41,6 +41,8 @@ _log = logging.getLogger("frostline")
 
 #: What becomes of the optimizer's memory of a variable that is frozen: kept, so that it goes on
 #: where it stopped, or released, so that it starts afresh. Keras keeps the bytes either way.
+#: Updates are counted for all variables together: the first updates of Adam after a release are up
+#: to three times as large as those of a new optimizer, whose bias correction starts at one.
 OptimizerState = Literal["keep", "release"]
 #: How much of a tensor is checked in passing.
 _HEAD_ELEMENTS = 8 << 10
@@ -109,7 +111,8 @@ class KerasBackend:
         self._flags = Flags(model, self._groups)
         self._owners = owners(model)
         self._variables = self._flags.variables
-        self._report_found()
+        if not OptimizerGuard.stands_around(self._optimizer):  # else an earlier plan froze them
+            self._report_found()
         able = [v for n, v in self._variables.items() if n not in self._fixed]
         self._guard = OptimizerGuard.of(self._optimizer, model, able)
         self._guard.place(self._places())
@@ -357,7 +360,7 @@ class KerasBackend:
         if self._sample is None:
             function = self.steps.fused()
         else:
-            function = self.steps.split(self._between, wide=lambda: self._wide)
+            function = self.steps.split(self._between, wide=lambda: self._wide, failed=self.narrow)
         self._model.train_function = self._installed = function
 
     def _between(self) -> None:
