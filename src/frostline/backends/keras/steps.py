@@ -98,8 +98,8 @@ class _Engine(Protocol):
         """A function for `model.train_function` that takes a batch and calls `step` on it."""
         ...
 
-    def renew(self, key: Any, factors: Any) -> None:
-        """After a change of plan: whatever else Keras calls or keeps compiled must fit it."""
+    def renew(self, key: Any) -> None:
+        """After a change of plan: whatever else Keras keeps compiled must fit it."""
         ...
 
     def sync(self) -> None:
@@ -226,7 +226,7 @@ class Steps:
 
     def renew(self) -> None:
         """The plan has changed: let nothing that was compiled for another one be used."""
-        self._engine.renew(self.form, self._factors if self.form.scaled else None)
+        self._engine.renew(self.form)
 
     def sync(self) -> None:
         """Bring the model's variables up to date: on JAX a running `fit` keeps them elsewhere."""
@@ -290,9 +290,8 @@ class _Eager:
 
         return self.kept.get(("fused", key), make)
 
-    def renew(self, key: Any, factors: Any) -> None:
-        """Updates that nobody here makes are scaled, too. Evaluation reads variables in place."""
-        self.guard.standing = factors
+    def renew(self, key: Any) -> None:
+        """Nothing: evaluation reads variables where they are."""
 
     def sync(self) -> None:
         """Nothing: variables are always up to date."""
@@ -449,7 +448,7 @@ class _Jax(_Eager):
 
         return train_function
 
-    def renew(self, key: Any, factors: Any) -> None:
+    def renew(self, key: Any) -> None:
         """Evaluation and prediction take the variables apart by what trains, too."""
         self.model.predict_function = None  # made anew, from a closure of its own
 
