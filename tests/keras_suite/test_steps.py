@@ -164,11 +164,16 @@ class Drive(keras.callbacks.Callback):
         self.certificate = self.driver.finish()
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
-def test_reading_signals_within_fit_changes_no_bits(eager: bool) -> None:
+FORMS: dict[str, dict[str, Any]] = {"compiled": {}, "eager": {"run_eagerly": True}}
+if keras.backend.backend() == "tensorflow":
+    FORMS["xla"] = {"jit_compile": True}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reading_signals_within_fit_changes_no_bits(form: str) -> None:
     ends = []
     for policy in (Reading(), Replay()):
-        model = compiled(run_eagerly=eager)
+        model = compiled(**FORMS[form])
         drive = Drive(policy, split=True)
         history = fit(model, 8, drive).history
         ends.append((bits(model), drive.certificate.to_json(), history["loss"]))
@@ -256,3 +261,70 @@ def test_everything_comes_off() -> None:
     before = digest(tensors(model)["block0/kernel"])
     fit(model, 1)
     assert digest(tensors(model)["block0/kernel"]) != before
+
+
+class Broken(Reading):
+    """Fails while signals are read, in the first step after a switch."""
+
+    def decide(self, groups: LayerGroups, state: State, event: Event) -> tuple[FreezePlan, State]:
+        frozen = groups.names[1 + (event.progress.step >= 3)]
+        return FreezePlan(frozen=frozenset({frozen})), state
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+def test_a_step_that_fails_after_a_switch_leaves_the_weights_of_the_step_before(
+    split: bool,
+) -> None:
+    """Keras on JAX would write values of one layer to another of the same shape."""
+    model = compiled(run_eagerly=keras.backend.backend() != "jax")
+    drive = Drive(Broken() if split else Replay(), split=split)
+    before: dict[str, str] = {}
+    inner = model.train_step
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_begin(self, number: int, logs: Any = None) -> None:
+            if number == 3:
+                before.update(drive.backend.fingerprint(tensors(model)))
+
+    def failing(*args: Any) -> Any:
+        if before:
+            raise KeyboardInterrupt
+        return inner(*args)
+
+    model.train_step = failing
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, 6, drive, Stop())
+    after = {n: digest(v) for n, v in tensors(model).items()}
+    assert after == before
+
+
+def test_signals_of_a_scaled_loss_are_those_of_the_loss() -> None:
+    found = []
+    for scaled in (False, True):
+        model = small_model(dropout=0.0)
+        optimizer: Any = momentum()
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**10)
+        model.compile(optimizer, "mse", run_eagerly=True)
+        model.test_on_batch(*batch(0, 8))
+        backend = KerasBackend(model)
+        backend.backward(batch(1))
+        probe = backend.probe(backend.steps.loss)
+        values = [probe.norm(probe.gradients(g), 2) for g in backend.groups]
+        moved = [probe.norm(probe.update(g), 2) for g in backend.groups]
+        found.append([probe.loss(), *values, *moved])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+
+
+def test_augmentation_is_never_held() -> None:
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.RandomFlip(seed=1, name="flip")(inputs)
+    x = keras.layers.Conv2D(4, 3, name="conv")(x)
+    x = keras.layers.Dropout(0.5, seed=2, name="drop")(x)
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
+    model.compile("sgd", "mse")
+    backend = KerasBackend(model)
+    backend.apply(FreezePlan(frozen=frozenset(backend.groups.names[:-1])))
+    assert is_held(model.get_layer("drop"))
+    assert not is_held(model.get_layer("flip"))

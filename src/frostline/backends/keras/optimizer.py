@@ -106,6 +106,11 @@ class OptimizerGuard:
         _check_members(optimizer, variables)
         return cls(optimizer, model) if guard is None else guard
 
+    @staticmethod
+    def stands_around(optimizer: Any) -> bool:
+        """Whether the optimizer has a guard already."""
+        return _guard_of(optimizer) is not None
+
     @property
     def model(self) -> keras.Model | None:
         """The model; None once it is gone."""
@@ -270,6 +275,12 @@ class OptimizerGuard:
     def _deferred(self, gradients: Sequence[Any], variables: Variables) -> bool:
         if self._capture is None:
             return False
+        if self._capture.gradients:
+            raise BackendError(
+                "read gradients",
+                found="a train_step that makes several updates",
+                fix="use a policy that reads no signals, or one update per train_step",
+            )
         self._capture.gradients = {
             id(v): g for g, v in zip(gradients, variables, strict=True) if g is not None
         }
