@@ -99,6 +99,9 @@ class FreezeCallback(keras.callbacks.Callback):
     Metrics reach policies under the names that Keras logs ("loss", "val_loss", "val_accuracy");
     those of training also as "train_loss" and so on.
 
+    `model.set_weights` by another callback (early stopping that writes the best weights back) ends
+    the spans of what is held and begins new ones; any other write to a frozen variable fails.
+
     A second `fit` goes on where the first one ended. Afterwards the model stays as the last plan
     has it; `release` takes everything off it.
 
@@ -266,6 +269,8 @@ class FreezeCallback(keras.callbacks.Callback):
         if not self._begun:
             self._begin(epoch)
             self._begun = True
+            # Past `__setattr__`, which looks for layers and variables.
+            vars(self._trained)["set_weights"] = self._set_weights
         if self._resumed is not None:
             self._resumed.restore_metrics(self._trained)
             self._resumed = None
@@ -296,6 +301,7 @@ class FreezeCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Check everything that is frozen, and complete the proof."""
         del logs
+        vars(self._trained).pop("set_weights", None)
         self._running.finish()
 
     # -- inside --------------------------------------------------------------------------------
@@ -352,10 +358,8 @@ class FreezeCallback(keras.callbacks.Callback):
     def _begin(self, epoch: int) -> None:
         """A driver for this `fit`: a new one, or one that goes on."""
         state = self._state_to_go_on()
-        self.driver = self._new_driver(epoch, 0 if state is None else state["step"])
-        if state is not None:
-            self.driver.restore(state)
-        self.driver.start()
+        lengths = self._lengths(epoch, 0 if state is None else state["step"])
+        self._new_driver(lengths, state).start()
         self._batches = int(to_number(innermost(self._trained.optimizer).variables[0]))
         self._batches %= self._per_update
 
@@ -375,10 +379,12 @@ class FreezeCallback(keras.callbacks.Callback):
             state["stage"] = "running"
         return state
 
-    def _new_driver(self, epoch: int, done: int) -> Driver:
+    def _new_driver(
+        self, lengths: tuple[int | None, int | None], state: dict[str, Any] | None
+    ) -> Driver:
         backend = self.backend_of(self._trained)
-        per_epoch, total = self._lengths(epoch, done)
-        driver = Driver(
+        per_epoch, total = lengths
+        self.driver = driver = Driver(
             self.policy,
             backend,
             total_steps=total,
@@ -387,7 +393,17 @@ class FreezeCallback(keras.callbacks.Callback):
         )
         driver.automatic = bool(self.policy.needs())
         backend.sample_by(_sampler(driver) if driver.automatic else None)
+        if state is not None:
+            driver.restore(state)
         return driver
+
+    def _set_weights(self, weights: Any) -> None:
+        """What `model.set_weights` does in `fit`: the proof ends before it and goes on after it."""
+        model = self._trained
+        self.backend_of(model).steps.sync()
+        self._running.finish()
+        type(model).set_weights(model, weights)
+        self._new_driver(self.lengths, self._state_to_go_on())
 
     def _lengths(self, epoch: int, done: int) -> tuple[int | None, int | None]:
         """Updates per epoch and in all; None where `fit` does not know."""
