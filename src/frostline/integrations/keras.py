@@ -22,14 +22,18 @@ import statistics
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
+from frostline.backends.keras.arrays import to_number
 from frostline.backends.keras.backend import KerasBackend, OptimizerState
+from frostline.backends.keras.checkpoint import save_checkpoint
+from frostline.backends.keras.grouping import layer_groups
 from frostline.backends.keras.optimizer import innermost
 from frostline.cost import plan_line
 from frostline.driver import Certificate, Driver
@@ -39,7 +43,7 @@ from frostline.plan import FreezePlan
 from frostline.policy import Decision, Policy
 from frostline.registry import make_policy
 
-__all__ = ["FreezeCallback", "SwitchCosts"]
+__all__ = ["CheckpointCallback", "FreezeCallback", "SwitchCosts"]
 
 _log = logging.getLogger("frostline")
 #: So many changes of plan are seen before their price is judged.
@@ -94,6 +98,9 @@ class FreezeCallback(keras.callbacks.Callback):
 
     Metrics reach policies under the names that Keras logs ("loss", "val_loss", "val_accuracy");
     those of training also as "train_loss" and so on.
+
+    `model.set_weights` by another callback (early stopping that writes the best weights back) ends
+    the spans of what is held and begins new ones; any other write to a frozen variable fails.
 
     A second `fit` goes on where the first one ended. Afterwards the model stays as the last plan
     has it; `release` takes everything off it.
@@ -211,13 +218,35 @@ class FreezeCallback(keras.callbacks.Callback):
         if self._backend is None or optimizer is not self._optimizer:
             groups = self.groups if self._backend is None else self._backend.groups
             if groups is None and self.example is not None:
-                groups = _groups_of(model, self.example)
+                groups = layer_groups(model, self.example)
             self._backend = KerasBackend(
                 model, groups=groups, optimizer_state=self.optimizer_state, fixed=self.fixed
             )
             self._backend.on_switch = self._note_switch
             self._served, self._optimizer = weakref.ref(model), optimizer
         return self._backend
+
+    @property
+    def lengths(self) -> tuple[int | None, int | None]:
+        """Updates per epoch and of the whole run, as the policy counts them; None if unknown."""
+        if self.driver is None:
+            return self.steps_per_epoch, self.total_steps
+        return self.driver.steps_per_epoch, self.driver.total_steps
+
+    def resume(
+        self,
+        state: Mapping[str, Any],
+        lengths: tuple[int | None, int | None],
+        metrics: Sequence[Any] = (),
+    ) -> None:
+        """Go on from this state at the next `fit`; `load_checkpoint` calls it.
+
+        Args:
+            state: of the driver.
+            lengths: updates per epoch and of the whole run, as then.
+            metrics: values of the model's metrics, for a run that was interrupted in an epoch.
+        """
+        self._resumed = _Resumed(dict(state), lengths, tuple(metrics))
 
     def release(self) -> None:
         """Take everything off the model but its `trainable` flags; it is Keras's alone again."""
@@ -231,7 +260,7 @@ class FreezeCallback(keras.callbacks.Callback):
         """Build the optimizer over all variables, before anything is frozen."""
         del logs
         self._check_form()
-        self.backend_of(self.model)
+        self.backend_of(self._trained)
         self._begun = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -240,8 +269,10 @@ class FreezeCallback(keras.callbacks.Callback):
         if not self._begun:
             self._begin(epoch)
             self._begun = True
+            # Past `__setattr__`, which looks for layers and variables.
+            vars(self._trained)["set_weights"] = self._set_weights
         if self._resumed is not None:
-            self._resumed.restore_metrics(self.model)
+            self._resumed.restore_metrics(self._trained)
             self._resumed = None
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -265,35 +296,51 @@ class FreezeCallback(keras.callbacks.Callback):
         if (epoch + 1) % self.validation_freq == 0:
             self._running.evaluated(_metrics(logs or {}))
         if self._running.plan.done:
-            self.model.stop_training = True
+            self._trained.stop_training = True
 
     def on_train_end(self, logs: Any = None) -> None:
         """Check everything that is frozen, and complete the proof."""
         del logs
+        vars(self._trained).pop("set_weights", None)
         self._running.finish()
 
     # -- inside --------------------------------------------------------------------------------
 
     @property
+    def _trained(self) -> keras.Model:
+        """The model of the present `fit`."""
+        if self.model is None:
+            raise self._outside()
+        return self.model
+
+    @property
+    def _known(self) -> Mapping[str, Any]:
+        """What `fit` tells its callbacks: "epochs", and "steps" per epoch or None."""
+        return self.params or {}
+
+    @property
     def _running(self) -> Driver:
         if self.driver is None:
-            raise BackendError(
-                "take a training step",
-                found="a callback whose on_train_begin and on_epoch_begin were not called",
-                fix="pass it in model.fit(callbacks=[...])",
-            )
+            raise self._outside()
         return self.driver
+
+    def _outside(self) -> BackendError:
+        return BackendError(
+            "take a training step",
+            found="a callback whose on_train_begin and on_epoch_begin were not called",
+            fix="pass it in model.fit(callbacks=[...])",
+        )
 
     @property
     def _per_update(self) -> int:
         """Batches of one optimizer update."""
-        return innermost(self.model.optimizer).gradient_accumulation_steps or 1
+        return innermost(self._trained.optimizer).gradient_accumulation_steps or 1
 
     def _check_form(self) -> None:
         """Refuse what would make a policy read nothing, or something else than it says."""
         if not self.policy.needs():
             return
-        several = self.model.steps_per_execution
+        several = self._trained.steps_per_execution
         if several > 1:
             raise PolicyError(
                 f"read the signals of {self.policy!r}",
@@ -311,32 +358,33 @@ class FreezeCallback(keras.callbacks.Callback):
     def _begin(self, epoch: int) -> None:
         """A driver for this `fit`: a new one, or one that goes on."""
         state = self._state_to_go_on()
-        self.driver = self._new_driver(epoch, 0 if state is None else state["step"])
-        if state is not None:
-            self.driver.restore(state)
-        self.driver.start()
-        self._batches = int(_number(innermost(self.model.optimizer).variables[0]))
+        lengths = self._lengths(epoch, 0 if state is None else state["step"])
+        self._new_driver(lengths, state).start()
+        self._batches = int(to_number(innermost(self._trained.optimizer).variables[0]))
         self._batches %= self._per_update
 
     def _state_to_go_on(self) -> dict[str, Any] | None:
         if self._resumed is not None:
-            return self._resumed.driver
-        if self.driver is None:
+            state = self._resumed.driver
+        elif self.driver is not None:
+            state = self.driver.state()
+        else:
             return None
-        state = self.driver.state()
         if state["stage"] == "finished":
             # What is frozen now is held anew: between two fits weights are the user's.
-            groups = self.backend_of(self.model).groups
-            held = self.driver.plan.held_tensors(groups)
-            digests = self.backend_of(self.model).fingerprint(held)
+            backend = self.backend_of(self._trained)
+            held = FreezePlan.from_json(state["plan"]).held_tensors(backend.groups)
+            digests = backend.fingerprint(held)
             state["held"] = {name: [digests[name], state["step"]] for name in sorted(held)}
             state["stage"] = "running"
         return state
 
-    def _new_driver(self, epoch: int, done: int) -> Driver:
-        backend = self.backend_of(self.model)
-        per_epoch, total = self._lengths(epoch, done)
-        driver = Driver(
+    def _new_driver(
+        self, lengths: tuple[int | None, int | None], state: dict[str, Any] | None
+    ) -> Driver:
+        backend = self.backend_of(self._trained)
+        per_epoch, total = lengths
+        self.driver = driver = Driver(
             self.policy,
             backend,
             total_steps=total,
@@ -345,26 +393,36 @@ class FreezeCallback(keras.callbacks.Callback):
         )
         driver.automatic = bool(self.policy.needs())
         backend.sample_by(_sampler(driver) if driver.automatic else None)
+        if state is not None:
+            driver.restore(state)
         return driver
+
+    def _set_weights(self, weights: Any) -> None:
+        """What `model.set_weights` does in `fit`: the proof ends before it and goes on after it."""
+        model = self._trained
+        self.backend_of(model).steps.sync()
+        self._running.finish()
+        type(model).set_weights(model, weights)
+        self._new_driver(self.lengths, self._state_to_go_on())
 
     def _lengths(self, epoch: int, done: int) -> tuple[int | None, int | None]:
         """Updates per epoch and in all; None where `fit` does not know."""
         if self._resumed is not None and self._resumed.lengths is not None:
             kept_per_epoch, kept_total = self._resumed.lengths
             return self.steps_per_epoch or kept_per_epoch, self.total_steps or kept_total
-        batches, several = self.params.get("steps"), self._per_update
+        batches, several = self._known.get("steps"), self._per_update
         per_epoch = self.steps_per_epoch
         if per_epoch is None and batches and batches % several == 0:
             per_epoch = batches // several
         total = self.total_steps
         if total is None and batches:
-            total = done + (self.params["epochs"] - epoch) * batches // several
+            total = done + (self._known["epochs"] - epoch) * batches // several
         return per_epoch, total
 
     def _batches_run(self, last: int) -> int:
         """Batches of the call of the train function that just ended."""
-        several = self.model.steps_per_execution
-        known = self.params.get("steps")
+        several = self._trained.steps_per_execution
+        known = self._known.get("steps")
         if several == 1 or not known:
             return several
         first = last + 1 - several
@@ -404,6 +462,40 @@ class FreezeCallback(keras.callbacks.Callback):
             )
 
 
+class CheckpointCallback(keras.callbacks.Callback):
+    """Saves a checkpoint after every epoch of a `fit` under a `FreezeCallback`.
+
+    Put it last in the list of callbacks, so that what the others do at the end of an epoch is
+    saved. `load_checkpoint` puts the newest one back; its `extra` has the number of epochs done
+    under "epoch".
+
+    Args:
+        folder: where the checkpoints of this run live.
+        freezing: the callback of the run.
+        every: save after each so many epochs, >= 1.
+        keep: how many of the newest to keep, >= 2, or 0 for all.
+
+    Raises:
+        StorageError: in `fit`, when a checkpoint cannot be written.
+    """
+
+    def __init__(
+        self, folder: str | Path, freezing: FreezeCallback, *, every: int = 1, keep: int = 2
+    ) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.freezing = freezing
+        self.every = every
+        self.keep = keep
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Save."""
+        del logs
+        if self.model is not None and (epoch + 1) % self.every == 0:
+            extra = {"epoch": epoch + 1}
+            save_checkpoint(self.folder, self.model, self.freezing, extra=extra, keep=self.keep)
+
+
 @dataclass(frozen=True, slots=True)
 class _Resumed:
     """What a checkpoint gives a callback for the next `fit`.
@@ -419,15 +511,16 @@ class _Resumed:
     metrics: tuple[Any, ...] = ()
 
     def restore_metrics(self, model: keras.Model) -> None:
-        """After `fit` has reset them at the beginning of its first epoch."""
-        for variable, value in zip(model.metrics_variables, self.metrics, strict=False):
+        """After `fit` has reset them at the beginning of its first epoch, if that is under way."""
+        per_epoch = None if self.lengths is None else self.lengths[0]
+        variables = model.metrics_variables
+        if not per_epoch or self.driver["step"] % per_epoch == 0:
+            return
+        if len(variables) != len(self.metrics):
+            _log.warning("metrics of the interrupted epoch start afresh: there are others now")
+            return
+        for variable, value in zip(variables, self.metrics, strict=True):
             variable.assign(value)
-
-
-def _groups_of(model: keras.Model, example: Any) -> LayerGroups:
-    from frostline.backends.keras.grouping import layer_groups  # noqa: PLC0415
-
-    return layer_groups(model, example)
 
 
 def _sampler(driver: Driver) -> Callable[..., None]:
@@ -447,7 +540,3 @@ def _metrics(logs: Mapping[str, Any]) -> dict[str, float]:
     found = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
     train = {f"train_{n}": v for n, v in found.items() if not n.startswith("val_")}
     return train | found
-
-
-def _number(variable: Any) -> float:
-    return float(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)))
