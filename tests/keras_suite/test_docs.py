@@ -1,0 +1,20 @@
+"""The code in the pages on Keras runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "keras.md"
+
+
+def test_the_page_runs_from_top_to_bottom(capsys) -> None:
+    names: dict[str, Any] = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S):
+        exec(code, names)  # noqa: S102  our own page
+    said = capsys.readouterr().out
+    assert names["groups"].names == ("block1", "block2", "head")
+    assert "0 ['block1', 'block2']" in said
+    assert "tensors proved" in said
+    assert names["measured"].measured
