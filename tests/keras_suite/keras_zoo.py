@@ -32,9 +32,7 @@ def freeze_first(model: keras.Model, share: float) -> None:
 
 
 def _is_leaf(layer: keras.Layer) -> bool:
-    if isinstance(layer, keras.Model) or not layer.weights:
-        return False
-    return True
+    return not isinstance(layer, keras.Model) and bool(layer.weights)
 
 
 def pictures(size: int = 12, seed: int = 0) -> np.ndarray:

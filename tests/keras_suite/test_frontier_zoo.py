@@ -73,7 +73,7 @@ def test_cached_training_is_plain_training(name: str, depth: float, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("depth", (0.5, 1.0))
+@pytest.mark.parametrize("depth", [0.5, 1.0])
 @pytest.mark.parametrize("name", LARGE)
 def test_large_networks_too(name: str, depth: float, tmp_path: Path) -> None:
     check(name, depth, tmp_path / "stores")

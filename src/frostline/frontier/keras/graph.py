@@ -123,6 +123,13 @@ def flatten(model: keras.Model, *, wrapped: bool = False) -> Graph:
             found=f"{model.name} is not built, so its graph is not known yet",
             fix="begin it with keras.Input(shape), or call it once",
         )
+    for tensor in model.inputs:
+        if tensor.sparse or getattr(tensor, "ragged", False):
+            raise FrontierError(
+                "cut the model at its frozen layers",
+                found=f"{tensor.name} is a sparse or ragged input",
+                fix="train this model uncached",
+            )
     values = [_value(tensor, producer(tensor)[0].operation.name) for tensor in model.inputs]
     reader = _Reader()
     known = dict(zip(map(id, keras.tree.flatten(inputs)), values, strict=True))
@@ -268,12 +275,6 @@ def _ordered(outputs: Sequence[Any], known: Mapping[int, Value]) -> list[Any]:
 
 
 def _value(tensor: Any, name: str) -> Value:
-    if tensor.sparse or getattr(tensor, "ragged", False):
-        raise FrontierError(
-            "cut the model at its frozen layers",
-            found=f"{name} gives a sparse or ragged tensor",
-            fix="train this model uncached",
-        )
     return Value(name, tuple(tensor.shape), tensor.dtype)
 
 

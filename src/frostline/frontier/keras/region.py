@@ -8,6 +8,7 @@ the samples of a batch counts as live, with the reason, and so does all that fol
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -339,8 +340,18 @@ def run(
 ) -> list[NDArray[Any]]:
     """What a functional model gives for a few samples, layer by layer, without compiling it."""
     tensors = [keras.ops.convert_to_tensor(array) for array in batch]
-    given = tensors if len(tensors) > 1 else tensors[0]
-    return [as_numpy(result) for result in keras.tree.flatten(model(given, training=training))]
+    results = keras.tree.flatten(
+        model(tensors if len(tensors) > 1 else tensors[0], training=training)
+    )
+    # What Keras says of symbolic tensors is no help: a product with a number counts as sparse.
+    odd = [type(r).__name__ for r in results if re.search("Sparse|Ragged|BCOO", type(r).__name__)]
+    if odd:
+        raise FrontierError(
+            "cut the model at its frozen layers",
+            found=f"that they compute a {odd[0]}",
+            fix="train this model uncached",
+        )
+    return [as_numpy(result) for result in results]
 
 
 def as_numpy(value: Any) -> NDArray[Any]:

@@ -19,7 +19,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -59,8 +59,6 @@ _CHECKED_SAMPLES = 3
 CHECKED_EVERY = 200
 #: Tells frontiers apart for as long as the process lives: compiled functions know them by it.
 _numbers = itertools.count()
-#: Of TensorFlow's iterators: one for training, one for validation, and those before them.
-_KEPT_ITERATORS = 4
 #: Outputs may differ by this many times the rounding of one value.
 _OUTPUT_TIMES = {"exact": 10.0, "bfloat16": 1000.0, "float16": 300.0, "int8": 2000.0}
 
@@ -120,8 +118,8 @@ class Session:
         self._refused: dict[tuple[Any, ...], str] = {}
         self._seen: Any = None
         self._flags: tuple[Any, ...] = ()
-        self._iterators: dict[int, tuple[Any, _Use, Any]] = {}
-        self._failed: Exception | None = None
+        self._steps: dict[Any, tuple[Callable[[Any], Any], Any]] = {}
+        self._pipelines: dict[Any, tuple[dict[str, Any], Any]] = {}
         self._layers = [layer for _, layer in layers_of(model) if layer is not model]
         self._building = True
         self._starts = np.cumsum([0, *(len(samples) for samples, _ in sources)])
@@ -142,7 +140,8 @@ class Session:
         self.unwrap()
         del self.model.call
         self.model.input_spec = self._spec
-        self._iterators.clear()
+        self._steps.clear()
+        self._pipelines.clear()
         for use in self._uses.values():
             for features in use.features:
                 features.close()
@@ -194,62 +193,79 @@ class Session:
 
         def fed(*args: Any) -> Any:
             *state, batches = args
-            try:
-                return function(*state, self._batches(batches, count=count))
-            except Exception:
-                if self._failed is not None:  # Keras's pipeline has wrapped it in an error of its own
-                    raise self._failed from None
-                raise
+            return self._step(function, state, batches, count=count)
 
-        fed.within = function
-        setattr(self.model, name, fed)
+        vars(fed)["within"] = function
+        vars(self.model)[name] = fed  # past Keras's `__setattr__`, which takes its time
 
     def unwrap(self) -> None:
         """After a step: the functions are as they were."""
         for name in ("train_function", "test_function"):
             within = getattr(getattr(self.model, name), "within", None)
             if within is not None:
-                setattr(self.model, name, within)
+                vars(self.model)[name] = within
 
-    def _batches(self, batches: Any, *, count: bool) -> Any:
+    def _step(self, function: Any, state: Sequence[Any], batches: Any, *, count: bool) -> Any:
         if isinstance(batches, list | tuple):  # PyTorch's trainer hands over a list of one
-            return [self._translated(batch, count=count) for batch in batches]
-        if keras.backend.backend() == "tensorflow" and not self.model.run_eagerly:
-            return self._tensorflow_batches(batches, count=count)
-        return (self._translated(batch, count=count) for batch in batches)
+            return function(*state, [self._translated(batch, count=count) for batch in batches])
+        given = (self._translated(batch, count=count) for batch in batches)
+        spec = getattr(batches, "element_spec", None)
+        if spec is None or self.model.run_eagerly:
+            return function(*state, given)
+        if (getattr(function, "__module__", None) or "").startswith("keras."):
+            several = list(itertools.islice(given, self.model.steps_per_execution))
+            return self._traced(function, spec, len(several))(several)
+        return function(self._tensorflow_batches(batches, spec, count=count))
 
-    def _tensorflow_batches(self, batches: Any, *, count: bool) -> Any:
-        """An iterator of TensorFlow's whose batches are of no fixed size where Keras's are of none.
+    def _traced(self, function: Any, spec: Any, several: int) -> Callable[[Any], Any]:
+        """Keras's own step on batches whose size is known only where Keras knows it.
 
-        Keras weighs the losses of several outputs by the size that it knows when it traces.
+        It weighs the losses of several outputs by the size that it sees when it traces.
         """
-        known = self._iterators.get(id(batches))
-        if known is not None and known[:2] == (batches, self._now):
-            return known[2]
-        import tensorflow as tf  # noqa: PLC0415  only where Keras runs on it
+        key = (id(function), self._now.number, several)
+        if key not in self._steps:
+            import tensorflow as tf  # noqa: PLC0415  only where Keras runs on it
 
-        def translated() -> Iterator[Any]:
-            try:
-                for batch in batches:
+            # The function is kept as well: its id is not given to another one.
+            traced = tf.function(
+                function, input_signature=[[self._spec_of(spec)] * several], autograph=False
+            )
+            self._steps[key] = (traced, function)
+        return self._steps[key][0]
+
+    def _tensorflow_batches(self, batches: Any, spec: Any, *, count: bool) -> Any:
+        """The same for steps that others made: TensorFlow's iterators keep sizes to themselves."""
+        key = (self._now.number, count)
+        if key not in self._pipelines:
+            import tensorflow as tf  # noqa: PLC0415
+
+            outer: dict[str, Any] = {}
+
+            def translated() -> Iterator[Any]:
+                for batch in outer["of"]:
                     yield self._translated(batch, count=count)
-            except Exception as error:
-                self._failed = error
-                raise
 
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(batches.element_spec)
+            signature = self._spec_of(spec)
+            dataset = tf.data.Dataset.from_generator(translated, output_signature=signature)
+            self._pipelines[key] = (outer, dataset)
+        outer, dataset = self._pipelines[key]
+        if outer.get("of") is not batches:
+            outer.update(of=batches, inner=iter(dataset))
+        return outer["inner"]
+
+    def _spec_of(self, spec: Any) -> Any:
+        """What becomes of batches of row numbers that look like this."""
+        import tensorflow as tf  # noqa: PLC0415
+
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(spec)
         if not _are_rows(x):
-            return batches
+            return spec
         size = x[ROWS].shape[0]
         like = keras.tree.map_structure(
             lambda t: tf.TensorSpec((size, *t.shape[1:]), t.dtype),
             self._inputs(self._starts[:1], self._now),
         )
-        signature = keras.utils.pack_x_y_sample_weight(like, y, weight)
-        iterator = iter(tf.data.Dataset.from_generator(translated, output_signature=signature))
-        if len(self._iterators) >= _KEPT_ITERATORS:
-            self._iterators.pop(next(iter(self._iterators)))
-        self._iterators[id(batches)] = (batches, self._now, iterator)
-        return iterator
+        return keras.utils.pack_x_y_sample_weight(like, y, weight)
 
     def _translated(self, batch: Any, *, count: bool) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
