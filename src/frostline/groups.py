@@ -40,7 +40,7 @@ class TensorInfo:
         dtype: framework-neutral name, e.g. "float32".
         itemsize_bytes: bytes per element.
         kind: for parameters "weight", "bias", "norm" (scale or shift of a normalisation layer)
-            or "embedding"; for buffers "norm" (running statistics) "seed" (state of
+            or "embedding"; for buffers "norm" (running statistics), "seed" (state of
             random numbers) or "buffer".
         aliases: further names of the very same tensor (tied weights).
     """
