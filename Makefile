@@ -16,7 +16,7 @@ define keras_tests
 	done
 endef
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-main test-keras test-slow lint format clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -39,8 +39,14 @@ lint: setup      ## format check, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# The tests of Keras need processes of their own anyway: they run beside the others.
 test: lint       ## lint and the whole fast suite
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-main test-keras
+
+test-main: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -m 'not slow'
+
+test-keras: setup
 	$(call keras_tests,'not slow')
 	KERAS_BACKEND=torch $(ONE_THREAD) $(BIN)/python -m pytest $(KERAS_DOCTESTS)
 
