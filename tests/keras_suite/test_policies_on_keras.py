@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import pytest
 
 from contract.test_policies import ALL, COMBINED
@@ -23,7 +24,7 @@ from keras_suite.keras_case import adamw, batch, digest, small_model
 STEPS, PER_EPOCH = 18, 6
 COST = GroupCost(0.01, 0.01, 0.01, 0.001, 1024)
 
-#: One of each kind; the others take minutes on the slow backends.
+#: One of each kind. The others take minutes, and on TensorFlow and JAX most of these, too.
 QUICK = (
     "full",
     "first:groups=2",
@@ -39,11 +40,13 @@ QUICK = (
     "lp-ft:patience=1,restore_best=false,lr=0.1",
     "chain-thaw:length=4st",
 )
+QUICKEST = (QUICK[0], QUICK[5], QUICK[6], QUICK[7], QUICK[9])
+NOW = QUICK if keras.backend.backend() == "torch" else QUICKEST
 
 
 def each(policy: str | Policy) -> Any:
     name = policy.rpartition("/")[2] if isinstance(policy, str) else repr(policy)
-    return pytest.param(policy, id=name, marks=() if policy in QUICK else pytest.mark.slow)
+    return pytest.param(policy, id=name, marks=() if policy in NOW else pytest.mark.slow)
 
 
 class Run:

@@ -495,7 +495,7 @@ def _check_members(optimizer: Any, variables: Collection[keras.Variable]) -> Non
             "drive this optimizer",
             found=f"{len(missing)} of {len(variables)} variables are not in it and would never "
             f"train: {few(missing)} (it was built while they were frozen)",
-            fix="compile with a new optimizer; set model.trainable = True before the first fit and "
+            fix="compile with a new optimizer; set layer.trainable = True on all before fit and "
             "let the plan freeze. Variables that must never train are named in "
             "KerasBackend(fixed=...)",
         )
