@@ -7,6 +7,15 @@ UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 # Small tensors: a second thread costs more than it brings, and far more on a busy machine.
 ONE_THREAD := OMP_NUM_THREADS=1
 
+# Keras runs on one backend per process. The suite runs on each; doctests run on the last.
+KERAS_BACKENDS := tensorflow jax torch
+KERAS_DOCTESTS := $(wildcard src/frostline/*/keras src/frostline/*/keras.py)
+define keras_tests
+	for backend in $(KERAS_BACKENDS); do \
+	  KERAS_BACKEND=$$backend $(ONE_THREAD) $(BIN)/python -m pytest -m $(1) tests/keras_suite || exit 1; \
+	done
+endef
+
 .PHONY: help setup demo test test-slow lint format clean
 
 help:            ## list the targets
@@ -32,9 +41,12 @@ lint: setup      ## format check, lint, types
 
 test: lint       ## lint and the whole fast suite
 	$(ONE_THREAD) $(BIN)/python -m pytest -m 'not slow'
+	$(call keras_tests,'not slow')
+	KERAS_BACKEND=torch $(ONE_THREAD) $(BIN)/python -m pytest $(KERAS_DOCTESTS)
 
 test-slow: setup ## the long tests: real data to the end, crash matrix
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow
+	$(call keras_tests,slow)
 
 format: setup    ## rewrite the sources in the house format
 	$(BIN)/ruff format .

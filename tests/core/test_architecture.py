@@ -15,7 +15,7 @@ import frostline
 
 SOURCE = Path(frostline.__file__).parent
 FRAMEWORKS = {"torch", "torchvision", "timm", "transformers", "datasets", "keras", "tensorflow",
-              "lightning", "accelerate", "sklearn", "PIL"}  # fmt: skip
+              "jax", "lightning", "accelerate", "sklearn", "PIL"}  # fmt: skip
 # What a room may use besides: probes and scores of features need a library that fits them.
 ALLOWED = {"study": {"sklearn"}}
 EDGE = ("backends", "frontier", "integrations", "tasks")

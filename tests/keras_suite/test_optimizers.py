@@ -216,3 +216,20 @@ def test_half_precision_with_a_scaled_loss() -> None:
     end = act.bits()
     assert {n: act.seen[1][n] for n in held} == {n: end[n] for n in held}
     assert act.seen[1]["head/kernel"] != end["head/kernel"]
+
+
+def test_a_loop_of_ones_own_updates_what_the_plan_trains() -> None:
+    """It may hand over everything, also what is frozen; `fit` is not needed, nor `compile`."""
+    model, optimizer = small_model(), make.AdamW(0.01, weight_decay=0.1)
+    backend = KerasBackend(model, optimizer=optimizer)
+    two = FreezePlan(frozen=frozenset(backend.groups.names[:2]))
+    everything = list(model.trainable_variables)
+    backend.apply(two)
+    before = {n: digest(v) for n, v in tensors(model).items()}
+    for _ in range(2):
+        assert backend.hold() == ()
+        gradients = [keras.ops.ones(v.shape) for v in everything]
+        optimizer.apply(gradients, everything)
+    moved = {n for n, v in tensors(model).items() if digest(v) != before[n]}
+    parameters = {p.name for g in backend.groups for p in g.parameters}
+    assert moved == parameters - two.held_tensors(backend.groups)

@@ -41,6 +41,8 @@ _log = logging.getLogger("frostline")
 
 #: What becomes of the optimizer's memory of a variable that is frozen: kept, so that it goes on
 #: where it stopped, or released, so that it starts afresh. Keras keeps the bytes either way.
+#: Updates are counted for all variables together: the first updates of Adam after a release are up
+#: to three times as large as those of a new optimizer, whose bias correction starts at one.
 OptimizerState = Literal["keep", "release"]
 #: How much of a tensor is checked in passing.
 _HEAD_ELEMENTS = 8 << 10
@@ -66,7 +68,8 @@ class KerasBackend:
 
     Args:
         model: built and compiled.
-        optimizer: the one that updates it, if not `model.optimizer`.
+        optimizer: the one that updates it in a loop of your own, if not `model.optimizer`. On JAX
+            `stateless_apply` then takes the values of `model.trainable_variables`.
         groups: the layer groups; found by tracing the model if not given.
         optimizer_state: "keep" or "release" what the optimizer remembers of frozen variables.
         fixed: names of variables that never train, whatever the plan; see `as_found`.
@@ -100,6 +103,7 @@ class KerasBackend:
     ) -> None:
         self._model: Any = model  # Keras leaves its functions untyped
         self._optimizer = _found_optimizer(model, optimizer)
+        self._fits = getattr(model, "optimizer", None) is self._optimizer
         self._tensors = tensors(model)
         found = groups if groups is not None else layer_groups(model)
         self._groups = _without_streams(found, self._tensors)
@@ -109,7 +113,8 @@ class KerasBackend:
         self._flags = Flags(model, self._groups)
         self._owners = owners(model)
         self._variables = self._flags.variables
-        self._report_found()
+        if not OptimizerGuard.stands_around(self._optimizer):  # else an earlier plan froze them
+            self._report_found()
         able = [v for n, v in self._variables.items() if n not in self._fixed]
         self._guard = OptimizerGuard.of(self._optimizer, model, able)
         self._guard.place(self._places())
@@ -142,9 +147,17 @@ class KerasBackend:
 
         Raises:
             PlanError: the plan does not fit the groups, or nothing would train.
-            BackendError: the optimizer cannot start afresh where the plan wants it to.
+            BackendError: the optimizer cannot start afresh where the plan wants it to, or (JAX, a
+                loop of your own) cannot follow the plan's learning rates.
         """
         plan.check(self._groups)
+        if plan.lr_scale and not self._fits and keras.backend.backend() == "jax":
+            raise BackendError(
+                f"scale the learning rate of {few(sorted(plan.lr_scale))}",
+                found="a loop of your own on JAX, whose compiled step would keep today's factors",
+                fix="compile the model with the optimizer and train by fit, or by "
+                "backend.backward(data) and backend.update()",
+            )
         frozen = plan.frozen_parameters(self._groups) | self._fixed
         if not self._variables.keys() - frozen:
             raise PlanError(
@@ -155,9 +168,10 @@ class KerasBackend:
         released = self._to_release(plan, frozen)
         if released or plan.keep_best:
             self._guard.check_forget()
-        self._settle()
         if self._plan is None or not self._plan.differs_only_in_rates(plan):
+            self._settle()
             self._freeze(plan, frozen, released)
+        self.narrow()
         self._factors.assign([plan.lr_scale.get(g.name, 1.0) for g in self._groups])
         self._plan = plan
         self._use(
@@ -178,14 +192,14 @@ class KerasBackend:
         self.narrow()
         if self._plan is None:
             return ()
-        if self._model.optimizer is not self._optimizer:
+        if self._fits and self._model.optimizer is not self._optimizer:
             raise BackendError(
                 "go on under the plan",
                 found="another optimizer: the model was compiled again",
                 fix="make a new backend (driver, callback) after compile()",
             )
         moved = [*self._flags.restore(), *self._modes.restore()]
-        if self._model.train_function is not self._installed:
+        if self._fits and self._model.train_function is not self._installed:
             self._install()
             moved.append("train_function")
         return tuple(moved)
@@ -348,16 +362,20 @@ class KerasBackend:
             return
         self.switches += not first
         self.steps.form = form
-        self.steps.renew()
+        self._guard.standing = self._factors if form.scaled else None
         self._install()
         if self.on_switch is not None:
             self.on_switch()
 
     def _install(self) -> None:
+        if not self._fits:
+            self._installed = "a loop of one's own"
+            return
+        self.steps.renew()
         if self._sample is None:
             function = self.steps.fused()
         else:
-            function = self.steps.split(self._between, wide=lambda: self._wide)
+            function = self.steps.split(self._between, wide=lambda: self._wide, failed=self.narrow)
         self._model.train_function = self._installed = function
 
     def _between(self) -> None:

@@ -9,6 +9,7 @@ what it finds on the instance. The attribute is no variable and no config, so `s
 do not see it.
 
 A layer that holds others and hands `training` on to them is held only where all of them are.
+Layers that augment images are never held: they belong to the data, wherever they stand.
 """
 
 from __future__ import annotations
@@ -78,7 +79,13 @@ def _in_inference(inner: Callable[..., Any], *, had_own: bool) -> Callable[..., 
     return call
 
 
+#: What `RandomFlip`, `RandAugment` and their like are.
+_AUGMENTATION: Any = keras.layers.RandomFlip.__base__
+
+
 def _takes_training(layer: keras.Layer) -> bool:
+    if isinstance(layer, _AUGMENTATION):
+        return False
     found = inspect.signature(layer.call).parameters.get("training")
     return found is not None and found.kind is not inspect.Parameter.VAR_KEYWORD
 

@@ -106,6 +106,11 @@ class OptimizerGuard:
         _check_members(optimizer, variables)
         return cls(optimizer, model) if guard is None else guard
 
+    @staticmethod
+    def stands_around(optimizer: Any) -> bool:
+        """Whether the optimizer has a guard already."""
+        return _guard_of(optimizer) is not None
+
     @property
     def model(self) -> keras.Model | None:
         """The model; None once it is gone."""
@@ -270,6 +275,12 @@ class OptimizerGuard:
     def _deferred(self, gradients: Sequence[Any], variables: Variables) -> bool:
         if self._capture is None:
             return False
+        if self._capture.gradients:
+            raise BackendError(
+                "read gradients",
+                found="a train_step that makes several updates",
+                fix="use a policy that reads no signals, or one update per train_step",
+            )
         self._capture.gradients = {
             id(v): g for g, v in zip(gradients, variables, strict=True) if g is not None
         }
@@ -484,7 +495,7 @@ def _check_members(optimizer: Any, variables: Collection[keras.Variable]) -> Non
             "drive this optimizer",
             found=f"{len(missing)} of {len(variables)} variables are not in it and would never "
             f"train: {few(missing)} (it was built while they were frozen)",
-            fix="compile with a new optimizer; set model.trainable = True before the first fit and "
+            fix="compile with a new optimizer; set layer.trainable = True on all before fit and "
             "let the plan freeze. Variables that must never train are named in "
             "KerasBackend(fixed=...)",
         )

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -98,8 +98,8 @@ class _Engine(Protocol):
         """A function for `model.train_function` that takes a batch and calls `step` on it."""
         ...
 
-    def renew(self, key: Any, factors: Any) -> None:
-        """After a change of plan: whatever else Keras calls or keeps compiled must fit it."""
+    def renew(self, key: Any) -> None:
+        """After a change of plan: whatever else Keras keeps compiled must fit it."""
         ...
 
     def sync(self) -> None:
@@ -197,25 +197,36 @@ class Steps:
         """A function for `model.train_function`: Keras's own step under the plan in force."""
         return self._engine.fused(self.form, self._factors if self.form.scaled else None)
 
-    def split(self, between: Callable[[], None], *, wide: Callable[[], bool]) -> Callable[..., Any]:
+    def split(
+        self,
+        between: Callable[[], None],
+        *,
+        wide: Callable[[], bool],
+        failed: Callable[[], None] = lambda: None,
+    ) -> Callable[..., Any]:
         """A function for `model.train_function` that calls `between` when gradients are there.
 
         Args:
             between: called after the backward pass and before the update.
             wide: whether frozen variables get gradients in this step.
+            failed: called when the step ends in an exception.
         """
 
         def step(data: Any) -> Logs:
-            logs = self.backward(data, wide=wide())
-            between()
-            self.update()
+            try:
+                logs = self.backward(data, wide=wide())
+                between()
+                self.update()
+            except BaseException:
+                failed()
+                raise
             return logs
 
         return self._engine.split(step)
 
     def renew(self) -> None:
         """The plan has changed: let nothing that was compiled for another one be used."""
-        self._engine.renew(self.form, self._factors if self.form.scaled else None)
+        self._engine.renew(self.form)
 
     def sync(self) -> None:
         """Bring the model's variables up to date: on JAX a running `fit` keeps them elsewhere."""
@@ -279,9 +290,8 @@ class _Eager:
 
         return self.kept.get(("fused", key), make)
 
-    def renew(self, key: Any, factors: Any) -> None:
-        """Updates that nobody here makes are scaled, too. Evaluation reads variables in place."""
-        self.guard.standing = factors
+    def renew(self, key: Any) -> None:
+        """Nothing: evaluation reads variables where they are."""
 
     def sync(self) -> None:
         """Nothing: variables are always up to date."""
@@ -407,9 +417,12 @@ class _Jax(_Eager):
 
             def train_function(state: Any, batches: Iterator[Any]) -> Any:
                 scale = None if factors is None else factors.value
-                logs, state = step(state, next(batches), scale)
-                for data in _further(batches, self.model.steps_per_execution - 1):
+                data = next(batches)
+                with self._saving(state):
                     logs, state = step(state, data, scale)
+                for data in _further(batches, self.model.steps_per_execution - 1):
+                    with self._saving(state):
+                        logs, state = step(state, data, scale)
                 return logs, state
 
             return train_function
@@ -426,13 +439,16 @@ class _Jax(_Eager):
             self._inside = True
             try:
                 logs = step(data)
+            except BaseException:
+                _forget_trainer_state(self.model)
+                raise
             finally:
                 self._inside = False
             return logs, tuple(_values(variables) for variables in self._state())
 
         return train_function
 
-    def renew(self, key: Any, factors: Any) -> None:
+    def renew(self, key: Any) -> None:
         """Evaluation and prediction take the variables apart by what trains, too."""
         self.model.predict_function = None  # made anew, from a closure of its own
 
@@ -456,6 +472,19 @@ class _Jax(_Eager):
         """In a running `fit` the trainer has the values, and takes them up again afterwards."""
         if not self._inside:
             self.model.jax_state_sync()
+
+    @contextmanager
+    def _saving(self, state: Any) -> Iterator[None]:
+        """If the step fails, leave the model with the values that the step began with."""
+        try:
+            yield
+        except BaseException:
+            for variables, values in zip(self._state(), state, strict=True):
+                for variable, value in zip(variables, values, strict=True):
+                    if not value.is_deleted():
+                        variable.assign(value)
+            _forget_trainer_state(self.model)
+            raise
 
     def _state(self) -> tuple[list[keras.Variable], ...]:
         model = self.model
@@ -489,6 +518,12 @@ class _Jax(_Eager):
         if self.model.run_eagerly or not self.model.jit_compile:
             return function
         return jax.jit(function, donate_argnums=donate)
+
+
+def _forget_trainer_state(model: Any) -> None:
+    # Private, because a `fit` that fails writes back what the last step left, divided by what
+    # trained then, to variables divided by what trains now: into the wrong ones after a switch.
+    model._jax_state = None  # noqa: SLF001
 
 
 def _further(batches: Iterator[Any], most: int) -> Iterator[Any]:

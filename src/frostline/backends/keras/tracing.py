@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy as np
 from frostline.backends.keras.names import layers, tensors
 from frostline.errors import ModelError
 
-__all__ = ["Trace", "on_every_call", "trace_model"]
+__all__ = ["Trace", "batch_values", "made_up_batches", "on_every_call", "trace_model"]
 
 #: Sizes tried for dimensions that a model leaves open, the batch excepted.
 OPEN_SIZES = (64, 224, 32, 16, 8, 128)
@@ -29,8 +30,10 @@ class Trace:
     Attributes:
         entered: when each layer ran first, by path; layers that never ran are absent.
         calls: how often each layer ran, by path.
+        symbolic: whether nothing was computed.
     """
 
+    symbolic: bool = True
     entered: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
 
@@ -55,7 +58,7 @@ def trace_model(model: keras.Layer, example: Any = None) -> Trace:
         ModelError: the model runs on no batch that was tried.
     """
     failures: dict[str, None] = {}
-    for batch in [example] if example is not None else _made_up(model):
+    for batch in [example] if example is not None else made_up_batches(model):
         for run in (_symbolic, _eager):
             try:
                 return run(model, batch)
@@ -115,26 +118,28 @@ def _symbolic(model: keras.Layer, batch: Any) -> Trace:
         runs[-1].note(path)
         return call()
 
-    with on_every_call(model, around):
+    with on_every_call(model, around), warnings.catch_warnings():
+        # Where this fails the batch is run in earnest; what is said of `Runner` helps nobody.
+        warnings.simplefilter("ignore")
         Runner(dtype=model.dtype_policy).compute_output_spec(specs)
     return runs[-1]
 
 
 def _eager(model: keras.Layer, batch: Any) -> Trace:
-    trace = Trace()
+    trace = Trace(symbolic=False)
 
     def around(path: str, call: Callable[[], Any]) -> Any:
         trace.note(path)
         return call()
 
-    values = keras.tree.map_structure(_values, batch)
-    kept = {name: keras.ops.convert_to_numpy(v.value) for name, v in tensors(model).items()}
+    values = batch_values(batch)
+    kept = {n: keras.ops.copy(v.value) for n, v in tensors(model).items() if not v.trainable}
     try:
         with on_every_call(model, around):
             model(values, training=False)
     finally:
         for name, variable in tensors(model).items():
-            if name in kept and not variable.trainable:
+            if name in kept:
                 variable.assign(kept[name])
     return trace
 
@@ -146,20 +151,31 @@ def _spec(x: Any) -> keras.KerasTensor:
     return keras.KerasTensor(tuple(np.shape(x)), dtype)
 
 
+def batch_values(batch: Any) -> Any:
+    """A batch in numbers: specifications become random values (zeros for integers)."""
+    return keras.tree.map_structure(_values, batch)
+
+
 def _values(x: Any) -> Any:
     if not isinstance(x, keras.KerasTensor):
-        return x
-    generator = np.random.default_rng(0)
+        return keras.ops.convert_to_tensor(x)
     if "int" in x.dtype:
-        return np.zeros(x.shape, x.dtype)
-    return keras.ops.convert_to_tensor(generator.standard_normal(x.shape), x.dtype)
+        return keras.ops.zeros(x.shape, x.dtype)
+    # A private generator: the random state of Keras does not move.
+    values = np.random.default_rng(0).standard_normal(x.shape, np.float32)
+    return keras.ops.convert_to_tensor(values, x.dtype)
 
 
-def _made_up(model: Any) -> Iterator[Any]:
-    """Specifications of batches, from what the model says of its inputs."""
+def made_up_batches(model: Any, *, batch_size: int = BATCH_SIZE) -> Iterator[Any]:
+    """Specifications (`KerasTensor`) of batches, from what the model says of its inputs.
+
+    Args:
+        model: a built model.
+        batch_size: samples in a batch, where the model leaves it open.
+    """
     declared = getattr(model, "input", None)
     if declared is not None:
-        yield from _filled(declared)
+        yield from _filled(declared, batch_size)
         return
     config = model.get_build_config() or {}
     shapes = config.get("input_shape") or config.get("shapes_dict")
@@ -167,22 +183,22 @@ def _made_up(model: Any) -> Iterator[Any]:
         return
     for dtype in (model.compute_dtype, "int32"):
         specs = keras.tree.map_shape_structure(
-            lambda shape, dtype=dtype: keras.KerasTensor(shape, dtype), shapes
+            lambda shape, dtype=dtype: keras.KerasTensor((None, *shape[1:]), dtype), shapes
         )
-        yield from _filled(specs)
+        yield from _filled(specs, batch_size)
 
 
-def _filled(specs: Any) -> Iterator[Any]:
-    done = set()
+def _filled(specs: Any, batch_size: int) -> Iterator[Any]:
+    done: set[str] = set()
     for size in OPEN_SIZES:
-        filled = keras.tree.map_structure(lambda t, size=size: _fill(t, size), specs)
+        filled = keras.tree.map_structure(lambda t, size=size: _fill(t, batch_size, size), specs)
         key = str(keras.tree.map_structure(lambda t: t.shape, filled))
         if key not in done:
             done.add(key)
             yield filled
 
 
-def _fill(tensor: keras.KerasTensor, size: int) -> keras.KerasTensor:
+def _fill(tensor: keras.KerasTensor, batch_size: int, size: int) -> keras.KerasTensor:
     batch, *rest = tensor.shape
-    shape = (batch or BATCH_SIZE, *(size if d is None else d for d in rest))
+    shape = (batch or batch_size, *(size if d is None else d for d in rest))
     return keras.KerasTensor(shape, tensor.dtype)
