@@ -331,7 +331,8 @@ def graph(parts) -> keras.Model:
     return keras.Model(x, L.Dense(2, name="top")(L.Concatenate()([*ends, x])))
 
 
-@settings(max_examples=25)
+# Groups do not depend on the backend; the shapes of symbolic runs do, and JAX's are slow.
+@settings(max_examples=30 if keras.backend.backend() == "tensorflow" else 8)
 @given(st.lists(PARTS, min_size=1, max_size=9))
 def test_random_graphs_give_disjoint_complete_ordered_groups(parts) -> None:
     model = graph(parts)

@@ -21,7 +21,7 @@ from typing import Any
 import keras
 
 from frostline.backends.keras.flat import Piece, blocks
-from frostline.backends.keras.names import SEPARATOR, can_train, layers, owners, tensors
+from frostline.backends.keras.names import SEPARATOR, can_train, layers, outwards, owners, tensors
 from frostline.backends.keras.tracing import Trace
 
 __all__ = ["Unit", "divide", "is_norm"]
@@ -96,13 +96,16 @@ class _Divider:
         self._tensors = tensors(model)
         self._can_train = can_train(model)
         self._children: dict[str, list[str]] = {path: [] for path in self._layers}
+        self._inside: dict[str, list[str]] = {path: [] for path in self._layers}
         for path in self._layers:
+            for around in (*outwards(path), ""):
+                self._inside[around].append(path)
             if path:
                 self._children[path.rpartition(SEPARATOR)[0]].append(path)
         self._owned: dict[int, list[str]] = {}
         for name, owner in owners(model).items():
             self._owned.setdefault(id(owner), []).append(name)
-        self._weights = {p: sum(map(self._holds_weight, self._inside(p))) for p in self._layers}
+        self._weights = {p: sum(map(self._holds_weight, self._inside[p])) for p in self._layers}
 
     def units(self, path: str, *, repeats: bool = False) -> Iterator[Unit]:
         """Divide the layer at `path`."""
@@ -165,18 +168,13 @@ class _Divider:
             return type(layer)
         if not isinstance(layer, keras.Model):
             return None
-        held = [self._layers[p] for p in self._inside(path) if self._holds_weight(p)]
+        held = [self._layers[p] for p in self._inside[path] if self._holds_weight(p)]
         return frozenset(map(type, held)) if len(held) <= SMALL_MODEL_LAYERS else None
 
     def _holds_run(self, path: str) -> bool:
         return any(len(same) > 1 for same in self._alike(path)) or any(
             self._holds_run(child) for child in self._children[path]
         )
-
-    def _inside(self, path: str) -> list[str]:
-        if not path:
-            return list(self._layers)
-        return [p for p in self._layers if p == path or p.startswith(path + SEPARATOR)]
 
     def _holds_weight(self, path: str) -> bool:
         """Whether the layer itself holds more than vectors."""
@@ -231,7 +229,7 @@ class _Divider:
         return found
 
     def _piece(self, path: str) -> Piece:
-        names = [n for p in self._inside(path) for n in self._owned.get(id(self._layers[p]), ())]
+        names = [n for p in self._inside[path] for n in self._owned.get(id(self._layers[p]), ())]
         return Piece(
             self._layers[path],
             self._trace.entered.get(path),
@@ -240,7 +238,7 @@ class _Divider:
         )
 
     def _unit(self, name: str, members: Sequence[str], *, repeats: bool) -> Unit:
-        paths = [p for member in members for p in self._inside(member)]
+        paths = [p for member in members for p in self._inside[member]]
         names = [n for p in paths for n in self._owned.get(id(self._layers[p]), ())]
         starting = [self._layers[p] for p in paths if self._holds_weight(p)]
         return Unit(

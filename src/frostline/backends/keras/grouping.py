@@ -28,6 +28,7 @@ from frostline.backends.keras.names import (
     aliases,
     can_train,
     layers,
+    outwards,
     owners,
     tensors,
 )
@@ -270,14 +271,16 @@ class _Assembly:
 
     def _modules_of(self, drafts: list[_Draft]) -> dict[int, tuple[ModuleInfo, ...]]:
         """For each group the layers that lie wholly inside it; the model itself never does."""
-        direct = {path: id(d) for d in drafts for u in d.units for path in u.paths}
+        homes: dict[str, set[int]] = {}
+        for draft in drafts:
+            for path in (p for unit in draft.units for p in unit.paths):
+                for around in outwards(path):
+                    homes.setdefault(around, set()).add(id(draft))
         found: dict[int, list[ModuleInfo]] = {id(draft): [] for draft in drafts}
         for path, layer in self._layers.items():
-            inside = {
-                home for p, home in direct.items() if p and (p == path or _is_inside(p, {path}))
-            }
-            if path and len(inside) == 1 and not isinstance(layer, keras.layers.InputLayer):
-                found[inside.pop()].append(ModuleInfo(path, type(layer).__name__))
+            inside = homes.get(path, set())
+            if len(inside) == 1 and not isinstance(layer, keras.layers.InputLayer):
+                found[next(iter(inside))].append(ModuleInfo(path, type(layer).__name__))
         return {key: tuple(infos) for key, infos in found.items()}
 
     def _calls(self, unit: Unit) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import keras
 
-__all__ = ["SEPARATOR", "aliases", "can_train", "layers", "owners", "tensors"]
+__all__ = ["SEPARATOR", "aliases", "can_train", "layers", "outwards", "owners", "tensors"]
 
 SEPARATOR = "/"
 
@@ -97,6 +97,18 @@ def owners(model: keras.Layer) -> Mapping[str, keras.Layer]:
     for entry in _entries(model):
         found.setdefault(id(entry.variable), entry.layer)
     return {name: found[id(v)] for name, v in tensors(model).items()}
+
+
+def outwards(path: str) -> Iterator[str]:
+    """The path itself, then the layers around it, from the inside out; the model is left out.
+
+    Example:
+        >>> list(outwards("bert/layer_0/query"))
+        ['bert/layer_0/query', 'bert/layer_0', 'bert']
+    """
+    while path:
+        yield path
+        path = path.rpartition(SEPARATOR)[0]
 
 
 @dataclass(frozen=True, slots=True)
