@@ -271,7 +271,7 @@ class FreezeCallback(keras.callbacks.Callback):
             self._begin(epoch)
             self._begun = True
             # Past `__setattr__`, which looks for layers and variables.
-            vars(self._trained)["set_weights"] = self._set_weights
+            self._trained.__dict__["set_weights"] = self._set_weights
         if self._resumed is not None:
             self._resumed.restore_metrics(self._trained)
             self._resumed = None
@@ -302,7 +302,7 @@ class FreezeCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Check everything that is frozen, and complete the proof."""
         del logs
-        vars(self._trained).pop("set_weights", None)
+        self._trained.__dict__.pop("set_weights", None)
         self._running.finish()
 
     # -- inside --------------------------------------------------------------------------------

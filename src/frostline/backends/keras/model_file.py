@@ -145,10 +145,10 @@ def _links(group: h5py.Group, depth: int = 0) -> Iterator[tuple[h5py.Group, str]
         raise KeyError("groups nested deeper than 64")
     for key in group:
         yield group, key
-        if isinstance(group.get(key, getlink=True), h5py.HardLink) and isinstance(
-            group[key], h5py.Group
-        ):
-            yield from _links(group[key], depth + 1)
+        if isinstance(group.get(key, getlink=True), h5py.HardLink):
+            item = group[key]
+            if isinstance(item, h5py.Group):
+                yield from _links(item, depth + 1)
 
 
 def _mappings(value: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
