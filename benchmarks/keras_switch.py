@@ -47,8 +47,8 @@ def table(log: Mapping[str, Any]) -> str:
     """Markdown: a row per backend and way."""
     lines = [
         (
-            "| Keras backend | way | traces | one switch, in steps | step time against full, by phase "
-            "| frozen tensors that moved | largest difference in weights from phases |"
+            "| Keras backend | way | traces | one switch, in steps | step time against full, "
+            "by phase | frozen tensors that moved | largest difference in weights from phases |"
         ),
         "|---|---|---|---|---|---|---|",
     ]
@@ -59,10 +59,10 @@ def table(log: Mapping[str, Any]) -> str:
     lines += [
         "",
         (
-            "A switch: what the first step of a phase took beyond a usual one, medians over switches "
-            f"and {m['rounds']} rounds. {m['threads']} thread(s) of {m['cores']} cores "
-            f"({m['processor']}), load when started {m['load_1min']}. On torch nothing is compiled: "
-            "traces are runs. Made by `python benchmarks/keras_switch.py`."
+            "A switch: what the first step of a phase took beyond a usual one, medians over "
+            f"switches and {m['rounds']} rounds. {m['threads']} thread(s) of {m['cores']} cores "
+            f"({m['processor']}), load when started {m['load_1min']}. On torch nothing is "
+            "compiled: traces are runs. Made by `python benchmarks/keras_switch.py`."
         ),
     ]
     return "# What a change of plan costs in Keras\n\n" + "\n".join(lines) + "\n"

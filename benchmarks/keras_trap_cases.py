@@ -284,6 +284,21 @@ def unfreeze_in_fit_unmade(frostline: bool) -> Outcome:
     return _change_within_fit(compiled(model), frostline, plain, freeze=False)
 
 
+@case("`model.trainable = True` before `compile`, to unfreeze a layer frozen by its own flag")
+def unfreeze_all(frostline: bool) -> Outcome:
+    """TensorFlow's objects skip the setter when the model's own flag is True already."""
+    model, found = network(norm=False), Outcome()
+    model.get_layer("body").trainable = False
+    if not frostline:
+        model.trainable = True
+    compiled(model)
+    before = bits_of(model, "body")
+    with watched(found):
+        fit(model, *([freezing(())] if frostline else []))
+        found.stuck = same(before, bits_of(model, "body"))
+    return found
+
+
 @case("freeze between two `fit`s without `compile`")
 def freeze_between_fits(frostline: bool) -> Outcome:
     model, found = compiled(network()), Outcome()

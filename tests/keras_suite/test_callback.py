@@ -151,7 +151,7 @@ def test_it_prints_and_calls_back(capsys: pytest.CaptureFixture[str]) -> None:
         "gradual:every=1ep", verbose=1, on_decision=lambda d: seen.append(d.step)
     )
     fit(compiled(), freezing)
-    assert seen == [0, 4]
+    assert seen == [0, 4, 8]  # the last evaluation is followed by no step
     assert "frozen 2 of 3 groups" in capsys.readouterr().out
 
 
@@ -219,7 +219,7 @@ def test_several_steps_per_execution_are_stepped_through() -> None:
     model.fit(x, y, batch_size=BATCH, epochs=2, verbose=0, shuffle=False, callbacks=[freezing])
     assert freezing.driver is not None
     assert freezing.driver.progress.step == 10
-    assert [d.step for d in freezing.decisions] == [0, 5, 9]  # asked at 0, 2, 4 of each epoch
+    assert [d.step for d in freezing.decisions] == [0, 4, 9]  # asked at 0, 2, 4 of each epoch
 
 
 def test_signals_with_several_steps_or_summed_gradients_are_refused() -> None:
@@ -382,11 +382,22 @@ def test_released_the_model_is_keras_own_again() -> None:
     model, freezing = compiled(), FreezeCallback("linear-probe")
     fit(model, freezing)
     freezing.release()
-    model.trainable = True
+    for layer in model.layers:  # on TensorFlow `model.trainable = True` does nothing if it is
+        layer.trainable = True
     compiled(model)
     before = bits(model)
     fit(model)
     assert {"body/kernel", "middle/kernel", "head/kernel"} <= moved(before, model)
+
+
+def test_layers_frozen_by_hand_before_compile_are_unfrozen_in_time() -> None:
+    model = network()
+    model.get_layer("body").trainable = False
+    before = bits(compiled(model))
+    freezing = FreezeCallback("gradual:every=1ep")
+    fit(model, freezing, epochs=3)
+    assert {"body/kernel", "middle/kernel", "head/kernel"} <= moved(before, model)
+    assert int(array_of(model.optimizer.iterations)) == 12
 
 
 def test_another_model_is_refused_and_so_is_a_model_without_compile() -> None:
@@ -410,7 +421,7 @@ def test_k_plans_make_at_most_k_train_functions_however_often_they_alternate() -
     turns = (("body",), ("middle",), ("body", "middle"))
     freezing = FreezeCallback(Turns(turns, every=2))
     fit(compiled(), freezing, epochs=6)
-    assert len(freezing.decisions) == 12
+    assert len(freezing.decisions) == 13
     several = 2 if BACKEND == "jax" else 1  # one for training and one for evaluation
     assert freezing.retraces <= several * len(turns)
 

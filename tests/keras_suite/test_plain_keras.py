@@ -27,6 +27,7 @@ PLAIN = {
     "freeze_in_fit_remade": ("right", "raises", "right"),
     "unfreeze_in_fit": ("raises", "raises", "raises"),
     "unfreeze_in_fit_unmade": ("stuck, silent", "raises", "raises"),
+    "unfreeze_all": ("stuck, silent", "right", "right"),
     "freeze_between_fits": ("moves, silent", "raises", "right"),
     "recompile": ("stuck, silent", "stuck, silent", "stuck, silent"),
     "ema_overwrite": ("moves, raises", "raises", "moves, raises"),

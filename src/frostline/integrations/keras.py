@@ -31,7 +31,7 @@ import keras
 import numpy as np
 
 from frostline.backends.keras.arrays import to_number
-from frostline.backends.keras.backend import KerasBackend, OptimizerState
+from frostline.backends.keras.backend import KerasBackend, OptimizerState, as_found
 from frostline.backends.keras.checkpoint import save_checkpoint
 from frostline.backends.keras.grouping import layer_groups
 from frostline.backends.keras.optimizer import innermost
@@ -219,6 +219,7 @@ class FreezeCallback(keras.callbacks.Callback):
             groups = self.groups if self._backend is None else self._backend.groups
             if groups is None and self.example is not None:
                 groups = layer_groups(model, self.example)
+            optimizer = _complete_optimizer(model, self.fixed)
             self._backend = KerasBackend(
                 model, groups=groups, optimizer_state=self.optimizer_state, fixed=self.fixed
             )
@@ -270,7 +271,7 @@ class FreezeCallback(keras.callbacks.Callback):
             self._begin(epoch)
             self._begun = True
             # Past `__setattr__`, which looks for layers and variables.
-            vars(self._trained)["set_weights"] = self._set_weights
+            self._trained.__dict__["set_weights"] = self._set_weights
         if self._resumed is not None:
             self._resumed.restore_metrics(self._trained)
             self._resumed = None
@@ -301,7 +302,7 @@ class FreezeCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Check everything that is frozen, and complete the proof."""
         del logs
-        vars(self._trained).pop("set_weights", None)
+        self._trained.__dict__.pop("set_weights", None)
         self._running.finish()
 
     # -- inside --------------------------------------------------------------------------------
@@ -521,6 +522,21 @@ class _Resumed:
             return
         for variable, value in zip(variables, self.metrics, strict=True):
             variable.assign(value)
+
+
+def _complete_optimizer(model: keras.Model, fixed: Collection[str]) -> Any:
+    """The model's optimizer; an unused one that lacks what was frozen by hand is made again.
+
+    On JAX and torch `fit` builds it over what trains before any callback is asked.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or not optimizer.built or not (as_found(model) - set(fixed)):
+        return optimizer
+    if to_number(innermost(optimizer).variables[0]) > 0:
+        return optimizer  # in use: the backend says what it lacks, if anything
+    model.optimizer = type(optimizer).from_config(optimizer.get_config())
+    _log.info("the optimizer was built anew, over what is frozen, too: it had made no update")
+    return model.optimizer
 
 
 def _sampler(driver: Driver) -> Callable[..., None]:

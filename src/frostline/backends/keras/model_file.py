@@ -14,7 +14,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h5py
 import keras
@@ -64,7 +64,7 @@ def load_model(path: str | Path) -> keras.Model:
     except (zipfile.BadZipFile, ValueError, RecursionError, UnicodeDecodeError) as error:
         raise _refused(path, f"no sound archive: {error}") from error
     try:
-        return keras.saving.load_model(path, compile=False, safe_mode=True)
+        return cast("keras.Model", keras.saving.load_model(path, compile=False, safe_mode=True))
     except (OSError, TypeError, ValueError, KeyError) as error:
         raise _refused(path, str(error).strip().partition("\n")[0]) from error
 
@@ -143,12 +143,12 @@ def _check_weights(path: Path, data: bytes) -> None:
 def _links(group: h5py.Group, depth: int = 0) -> Iterator[tuple[h5py.Group, str]]:
     if depth > 64:
         raise KeyError("groups nested deeper than 64")
-    for key in group:
+    for key in map(str, group):
         yield group, key
-        if isinstance(group.get(key, getlink=True), h5py.HardLink) and isinstance(
-            group[key], h5py.Group
-        ):
-            yield from _links(group[key], depth + 1)
+        if isinstance(group.get(key, getlink=True), h5py.HardLink):
+            item = group[key]
+            if isinstance(item, h5py.Group):
+                yield from _links(item, depth + 1)
 
 
 def _mappings(value: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
