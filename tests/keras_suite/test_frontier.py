@@ -27,7 +27,7 @@ from frostline.integrations.keras import FreezeCallback
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-SETTINGS = {"epochs": 3, "batch_size": BATCH, "verbose": 0}
+SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": BATCH, "verbose": 0}
 
 
 class Counting(layers.Layer):
