@@ -220,5 +220,6 @@ def _compute(compiled: Any) -> dict[str, Any]:
 def _on_cpu() -> bool:
     """Whether this backend computes on the processor alone."""
     if keras.backend.backend() == "torch":
-        return keras.ops.convert_to_tensor(0.0).device.type == "cpu"
+        tensor: Any = keras.ops.convert_to_tensor(0.0)
+        return tensor.device.type == "cpu"
     return all(device.lower().startswith("cpu") for device in keras.distribution.list_devices())

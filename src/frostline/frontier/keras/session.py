@@ -192,22 +192,28 @@ class Session:
     def wrap(self, name: str, *, count: bool) -> None:
         """For the coming step, let a compiled function of the model be handed frontiers."""
         function = getattr(self.model, name)
-        if getattr(function, "within", None) is not None:
+        if self._within(function) is not None:
             return
 
         def fed(*args: Any) -> Any:
             *state, batches = args
             return self._step(function, state, batches, count=count)
 
-        vars(fed)["within"] = function
-        vars(self.model)[name] = fed  # past Keras's `__setattr__`, which takes its time
+        fed.__wrapped__ = function  # pyright: ignore[reportFunctionMemberAccess]
+        self.model.__dict__[name] = fed  # past Keras's `__setattr__`, which takes its time
 
     def unwrap(self) -> None:
         """After a step: the functions are as they were."""
         for name in ("train_function", "test_function"):
-            within = getattr(getattr(self.model, name), "within", None)
+            within = self._within(getattr(self.model, name))
             if within is not None:
-                vars(self.model)[name] = within
+                self.model.__dict__[name] = within
+
+    @staticmethod
+    def _within(function: Any) -> Any:
+        """What one of our wrappers holds; None: it is none."""
+        ours = getattr(function, "__qualname__", "").endswith("Session.wrap.<locals>.fed")
+        return function.__wrapped__ if ours else None
 
     def _step(self, function: Any, state: Sequence[Any], batches: Any, *, count: bool) -> Any:
         if isinstance(batches, list | tuple):  # PyTorch's trainer hands over a list of one
