@@ -25,14 +25,16 @@ class Sample:
 
 
 def freeze_first(model: keras.Model, share: float) -> None:
-    """Freeze a share of the layers that hold weights themselves, in order; the last one trains."""
-    leaves = [layer for path, layer in layers_of(model) if path and _is_leaf(layer)]
+    """Freeze a share of the layers that hold weights, in order; the last one trains."""
+    seen: set[int] = set()
+    leaves = []
+    for path, layer in layers_of(model):
+        own = {id(v) for v in layer.weights} - seen
+        if path and own and not isinstance(layer, keras.Model):
+            leaves.append(layer)
+            seen |= own
     for layer in leaves[: min(len(leaves) - 1, round(share * len(leaves)))]:
         layer.trainable = False
-
-
-def _is_leaf(layer: keras.Layer) -> bool:
-    return not isinstance(layer, keras.Model) and bool(layer.weights)
 
 
 def pictures(size: int = 12, seed: int = 0) -> np.ndarray:
@@ -137,6 +139,10 @@ def several() -> Sample:
 
 class Positions(layers.Layer):
     """A table for all samples alike, added to what it is called with by the layer after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.supports_masking = True
 
     def build(self, shape: Any) -> None:
         self.table = self.add_weight(shape=shape[1:], initializer="random_normal")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from keras_zoo import BATCH, compiled, custom, freeze_first, labels, mlp, noisy, vectors
 
 from frostline.errors import ConfigError, FrontierError
-from frostline.frontier.keras import find_region, fit, frozen_model, rest_model, session
+from frostline.frontier.keras import cached, find_region, fit, frozen_model, rest_model, session
 from frostline.frontier.keras.parts import data_parts, region_key
 from frostline.frontier.keras.region import as_numpy, close
 from frostline.frontier.library import Library
@@ -27,7 +27,7 @@ from frostline.integrations.keras import FreezeCallback
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-SETTINGS = {"epochs": 3, "batch_size": BATCH, "verbose": 0}
+SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": BATCH, "verbose": 0}
 
 
 class Counting(layers.Layer):
@@ -318,6 +318,35 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     history = model.fit(vectors(), labels(), **SETTINGS).history
     assert np.isfinite(history["loss"]).all()
     np.testing.assert_array_equal(model.predict(vectors(), verbose=0).shape, (len(vectors()), 3))
+
+
+def test_frontier_values_are_data_for_other_loops(tmp_path: Path) -> None:
+    model = mlp().model
+    freeze_first(model, 0.5)
+    x, y = vectors(), labels()
+    with cached(model, x, cache=tmp_path) as data:
+        rows = np.array([5, 0, 33])
+        wanted = model.predict(x[rows], verbose=0)
+        np.testing.assert_allclose(
+            data.rest.predict(data.values(rows)[0], verbose=0), wanted, rtol=1e-5, atol=1e-6
+        )
+        one, again = (data.batches(y, batch_size=16, seed=3) for _ in range(2))
+        first = [one.rows(i).tolist() for i in range(len(one))]
+        assert first == [again.rows(i).tolist() for i in range(len(again))]
+        assert sorted(np.concatenate(first).tolist()) == list(range(len(x)))
+        one.on_epoch_end()
+        assert first != [one.rows(i).tolist() for i in range(len(one))]
+        compiled(data.rest)
+        before = [as_numpy(v) for v in model.trainable_variables]
+        data.rest.fit(again, epochs=1, shuffle=False, verbose=0)
+    moved = [
+        not np.array_equal(a, as_numpy(v))
+        for a, v in zip(before, model.trainable_variables, strict=True)
+    ]
+    assert all(moved)
+    model.trainable = True
+    with pytest.raises(FrontierError, match="no layer with weights is frozen"):
+        cached(model, x, cache=tmp_path)
 
 
 def test_the_key_says_what_values_depend_on() -> None:

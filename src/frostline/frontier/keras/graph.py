@@ -9,7 +9,7 @@ values to any other, with the user's own layers: their variables are shared, not
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,7 +194,7 @@ class _Reader:
                     found=f"{route}{node.operation.name} feeds it, and is none of its inputs",
                     fix="list all keras.Input tensors when the model is made",
                 )
-            args, kwargs = keras.tree.map_structure(
+            args, kwargs = mapped(
                 lambda leaf: known[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf,
                 (node.arguments.args, node.arguments.kwargs),
             )
@@ -346,7 +346,7 @@ def replica(
         if value.mask is not None and value.mask in known:
             known[value] = _Masked()([known[value], known[value.mask]])
     for call in needed(graph, targets, known):
-        args, kwargs = keras.tree.map_structure(
+        args, kwargs = mapped(
             lambda leaf: _found(known, leaf) if isinstance(leaf, Value) else leaf,
             (call.args, call.kwargs),
         )
@@ -379,6 +379,11 @@ def _found(known: Mapping[Value, Any], value: Value) -> Any:
     return known[value]
 
 
+def mapped(function: Callable[[Any], Any], structure: Structure) -> Structure:
+    """`keras.tree.map_structure`, whose annotations say less than it does."""
+    return keras.tree.map_structure(function, structure)
+
+
 def walk(calls: Iterable[Call]) -> Iterator[keras.Layer]:
     """The layers among some calls' operations, each once."""
     seen = set()
@@ -396,12 +401,12 @@ class _Masked(keras.layers.Layer):
         self.supports_masking = True
         self.built = True
 
-    def call(self, pair: Any) -> Any:
-        return pair[0]
+    def call(self, inputs: Any) -> Any:
+        return inputs[0]
 
-    def compute_mask(self, pair: Any, previous_mask: Any = None) -> Any:
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         del previous_mask
-        return pair[1]
+        return inputs[1]
 
 
 class _Shared(keras.layers.Layer):

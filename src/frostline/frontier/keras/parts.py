@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frostline.backends.keras.digest import sha256_of_variables
+from frostline.backends.keras.modes import is_held
 from frostline.backends.keras.names import layers
 from frostline.frontier.identity import Fingerprint, fingerprint
 from frostline.frontier.keras.graph import Call, Value
@@ -41,6 +42,8 @@ _VARIABLES = (
     "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64", "OMP_NUM_THREADS", "TF_ENABLE_ONEDNN_OPTS",
     "TF_NUM_INTEROP_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_XLA_FLAGS", "XLA_FLAGS",
 )  # fmt: skip
+#: Methods that Keras replaces on each layer by wrappers around the class's own.
+_WRAPPED = ("build", "quantize")
 
 
 def region_key(
@@ -140,7 +143,7 @@ def _structure(call: Call) -> dict[str, Any]:
 def _settings(layer: Any) -> Any:
     """What a layer is besides its variables; text: why that cannot be told."""
     ours = type(layer).__module__.startswith("keras.")
-    code = {name: value for name, value in vars(layer).items() if _is_foreign_code(layer, value)}
+    code = {n: value for n, value in vars(layer).items() if _is_foreign_code(layer, n, value)}
     if not isinstance(layer, keras.Layer):
         return [_class(layer), None if ours else type(layer), _own(layer), code]
     try:
@@ -154,8 +157,10 @@ def _settings(layer: Any) -> Any:
     return [_class(layer), None if ours else type(layer), config, {} if ours else _own(layer), code]
 
 
-def _is_foreign_code(layer: Any, value: Any) -> bool:
+def _is_foreign_code(layer: Any, name: str, value: Any) -> bool:
     """Whether this attribute is a function of the user's, such as an activation."""
+    if name in _WRAPPED or (name == "call" and is_held(layer)):
+        return False
     return (
         isinstance(value, types.FunctionType | types.MethodType)
         and not (value.__module__ or "").startswith("keras.")
@@ -167,7 +172,8 @@ def _own(layer: Any) -> dict[str, Any]:
     """Attributes that the class of a user's layer sets beyond those of every layer."""
     found = {}
     for name, value in vars(layer).items():
-        if name in _common() or _is_foreign_code(layer, value):
+        known = name in _common() or name.startswith("_self_") or name in (*_WRAPPED, "call")
+        if known or _is_foreign_code(layer, name, value):
             continue
         leaves = [
             leaf for leaf in keras.tree.flatten(value)
@@ -220,5 +226,6 @@ def _compute(compiled: Any) -> dict[str, Any]:
 def _on_cpu() -> bool:
     """Whether this backend computes on the processor alone."""
     if keras.backend.backend() == "torch":
-        return keras.ops.convert_to_tensor(0.0).device.type == "cpu"
+        tensor: Any = keras.ops.convert_to_tensor(0.0)
+        return tensor.device.type == "cpu"
     return all(device.lower().startswith("cpu") for device in keras.distribution.list_devices())

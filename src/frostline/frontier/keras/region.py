@@ -360,6 +360,9 @@ def as_numpy(value: Any) -> NDArray[Any]:
         return value
     if isinstance(value, keras.Variable):
         value = keras.ops.convert_to_tensor(value)
+    if keras.backend.backend() == "tensorflow" and hasattr(value, "numpy"):
+        # Keras's own way asks for a copy in words that TensorFlow's tensors do not know.
+        return np.asarray(value.numpy())
     return np.asarray(keras.ops.convert_to_numpy(value))
 
 

@@ -76,11 +76,11 @@ class _Use:
 
     number: int
     region: KerasRegion | None = None
-    rest: keras.Model | None = None
+    rest: Any = None
     features: list[Features] = field(default_factory=list)
     flags: tuple[Any, ...] = ()
     weights: Mapping[str, Any] = field(default_factory=dict)
-    run: Runner | None = None
+    run: Any = None
 
 
 class Session:
@@ -110,7 +110,8 @@ class Session:
     ) -> None:
         self.model, self.report = model, report
         self._sources, self._library = sources, library
-        self._encoding, self._most_bytes = encoding, most_bytes
+        self._encoding: Encoding = encoding
+        self._most_bytes = most_bytes
         self._random = np.random.default_rng(seed)
         self._uses: dict[int, _Use] = {}
         self._raw = _Use(next(_numbers))
@@ -132,6 +133,7 @@ class Session:
         model = self.model
         self._plain_call = model.call
         self._spec = model.input_spec
+        self._own_call = vars(model).get("call")
         model.call = self._call
         model.input_spec = None  # numbers and frontiers are no inputs of the model
         return self
@@ -139,6 +141,8 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.unwrap()
         del self.model.call
+        if self._own_call is not None:
+            self.model.call = self._own_call
         self.model.input_spec = self._spec
         self._steps.clear()
         self._pipelines.clear()
@@ -188,22 +192,28 @@ class Session:
     def wrap(self, name: str, *, count: bool) -> None:
         """For the coming step, let a compiled function of the model be handed frontiers."""
         function = getattr(self.model, name)
-        if getattr(function, "within", None) is not None:
+        if self._within(function) is not None:
             return
 
         def fed(*args: Any) -> Any:
             *state, batches = args
             return self._step(function, state, batches, count=count)
 
-        vars(fed)["within"] = function
-        vars(self.model)[name] = fed  # past Keras's `__setattr__`, which takes its time
+        fed.__wrapped__ = function  # pyright: ignore[reportFunctionMemberAccess]
+        self.model.__dict__[name] = fed  # past Keras's `__setattr__`, which takes its time
 
     def unwrap(self) -> None:
         """After a step: the functions are as they were."""
         for name in ("train_function", "test_function"):
-            within = getattr(getattr(self.model, name), "within", None)
+            within = self._within(getattr(self.model, name))
             if within is not None:
-                vars(self.model)[name] = within
+                self.model.__dict__[name] = within
+
+    @staticmethod
+    def _within(function: Any) -> Any:
+        """What one of our wrappers holds; None: it is none."""
+        ours = getattr(function, "__qualname__", "").endswith("Session.wrap.<locals>.fed")
+        return function.__wrapped__ if ours else None
 
     def _step(self, function: Any, state: Sequence[Any], batches: Any, *, count: bool) -> Any:
         if isinstance(batches, list | tuple):  # PyTorch's trainer hands over a list of one
@@ -304,14 +314,20 @@ class Session:
         Compiled steps go by the flags of the time when they were made; others by those of now.
         """
         function = self.model.train_function
-        eager = keras.backend.backend() == "torch" or self.model.run_eagerly
-        if not (epoch or eager or function is not self._seen):
+        live = keras.backend.backend() != "tensorflow" or self.model.run_eagerly
+        if not (epoch or function is not self._seen or (live and self._is_eager)):
             return
+        # TensorFlow's steps go on training what trained when they were made.
+        flags = self._flags_now() if live or function is not self._seen else self._flags
         self._seen = function
-        flags = self._flags_now()
         if flags != self._flags or epoch:
             _sync(self.model)
             self._choose(flags)
+
+    @property
+    def _is_eager(self) -> bool:
+        """Whether each step goes by the flags of its own moment."""
+        return keras.backend.backend() == "torch" or bool(self.model.run_eagerly)
 
     def _choose(self, flags: tuple[Any, ...]) -> None:
         """The use that fits the model's flags: the present one, one from before, or a new one."""
@@ -353,7 +369,7 @@ class Session:
             weights=weight_parts(region), run=runner(frozen_model(region), self.model),
         )  # fmt: skip
         try:
-            self._fill(use, self._shortcut(old, region))
+            self._fill(use, region, self._shortcut(old, region))
             self._uses[use.number] = use
             self._compare(use)
         except (FrontierError, StorageError):
@@ -364,17 +380,17 @@ class Session:
         self.report.note(region.describe())
         return use
 
-    def _fill(self, use: _Use, shortcut: tuple[_Use, Runner] | None) -> None:
+    def _fill(self, use: _Use, region: KerasRegion, shortcut: tuple[_Use, Runner] | None) -> None:
         compiled = [bool(self.model.jit_compile), bool(self.model.run_eagerly)]
         for source, (samples, _) in enumerate(self._sources):
             key = region_key(
-                use.region, data=samples.data, encoding=self._encoding,
+                region, data=samples.data, encoding=self._encoding,
                 compiled=compiled, weights=use.weights,
             )  # fmt: skip
             if key.unknown:
                 self.report.note(f"for this run only: {key.unknown[0]}")
             features = Features(
-                samples, use.region.frontier, key, self._place(known=not key.unknown),
+                samples, region.frontier, key, self._place(known=not key.unknown),
                 encoding=self._encoding, most_bytes=self._most_bytes,
                 about={"model": self.model.name, "data": samples.name, "of": "keras"},
                 compute=shortcut[1] if shortcut else use.run,
