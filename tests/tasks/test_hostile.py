@@ -414,7 +414,7 @@ def test_weights_that_do_not_fit(tensors: dict[str, torch.Tensor], found: str) -
         ("torchvision:resnet19", "did you mean"),
         ("torchvision:fasterrcnn_resnet50_fpn", "no classifier of that name"),
         ("resnet18", "no such form"),
-        ("keras:ResNet50", "No module named 'keras'"),
+        ("kears:ResNet50", "No module named 'kears'"),
         ("os:system", "TypeError"),
         ("models_for_tests:absent", "no attribute"),
         ("models_for_tests:no_model", "a str"),

@@ -142,9 +142,13 @@ def rebuild(spec: Mapping[str, Any], folder: Path, labels: tuple[str, ...]) -> B
     plan = _Plan(**spec["plan"])
     extras = None
     with _settled(keras):
-        if plan.application is None:
+        if plan.described:
             text = _read_architecture(folder / ARCHITECTURE_FILE)
             body, extras = _body_of_json(keras, text), partial(_write_architecture, text)
+        elif plan.application is None:
+            raise ModelError(
+                f"load the model in {folder}", found="no description of it", fix="save it again"
+            )
         else:
             body = _application(keras, plan, weights=None)
         model = _classifier(plan, body, len(labels))
@@ -166,6 +170,8 @@ class _Plan:
         activation: behind it in the Keras model.
         pixels: what values the pictures have, in words.
         digest: SHA-256 of the description, of a file.
+        described: whether the saved model has to hold the description: of a file, and of an
+            application with Keras's own weights, for which some have layers of their own.
     """
 
     name: str
@@ -177,6 +183,7 @@ class _Plan:
     activation: str
     pixels: str
     digest: str | None = None
+    described: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For the saved model's description."""
@@ -186,7 +193,13 @@ class _Plan:
     def architecture(self) -> list[Any]:
         """What decides the architecture, besides Keras's version."""
         options = sorted(self.options.items())
-        return [self.application, self.digest, [list(o) for o in options], self.side]
+        return [
+            self.application,
+            self.digest,
+            [list(o) for o in options],
+            self.side,
+            self.described,
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +237,7 @@ def _built(
         "preparation": spec,
     }
     preparation: ImagePreparation = from_spec(spec)
-    if plan.application is None:
+    if plan.described:
         preparation = replace(preparation, extras=partial(_write_architecture, body.to_json()))
     notes = {"pixels": plan.pixels, "keras": keras.__version__}
     return Built(model, preparation, described, model.head_name, fresh, notes)
@@ -300,6 +313,7 @@ def _from_application(keras: Any, text: str, config: RunConfig) -> tuple[_Plan, 
         head=HEAD,
         activation="softmax",
         pixels="",
+        described=config.weights == "pretrained",
     )
     weights = "imagenet" if config.weights == "pretrained" else None
     return plan, _application(keras, plan, weights=weights), None
@@ -342,8 +356,9 @@ def _application(keras: Any, plan: _Plan, *, weights: str | None) -> Any:
     name = str(plan.application)
     function = getattr(keras.applications, name)
     options = dict(plan.options)
-    if "name" in inspect.signature(function).parameters:
-        options["name"] = name.lower()  # some have no name of their own
+    own_name = inspect.signature(function).parameters.get("name")
+    if own_name is not None and own_name.default is None:
+        options["name"] = name.lower()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             # Weights of the size nearest to ours are what we want.
@@ -436,6 +451,7 @@ def _from_file(keras: Any, path: Path, config: RunConfig) -> tuple[_Plan, Any, _
         head=dense.name if dense is not None else _free_name(body),
         activation=activation,
         pixels="",
+        described=True,
         digest=hashlib.sha256(_io.canonical_json(description)).hexdigest(),
     )
     return plan, body, None if dense is None else _head_of(dense)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Callable
@@ -373,6 +374,29 @@ def test_an_application_is_built_again_without_files(tmp_path: Path) -> None:
     again.model.load_state_dict(built.model.state_dict())
     assert torch.equal(again.model(pictures()), built.model(pictures()))
     assert again.preparation.spec == built.preparation.spec
+
+
+def test_what_an_application_adds_for_its_own_weights_is_saved_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EfficientNet has one more layer with Keras's weights than without."""
+    original = keras.applications.MobileNet
+
+    @functools.wraps(original)
+    def pretend(*, weights: str | None, input_shape: Any, **options: Any) -> Any:
+        body = original(weights=None, input_shape=input_shape, **options)
+        if weights is None:
+            return body
+        x = keras.Input(input_shape)
+        return keras.Model(x, body(L.Rescaling([2.0, 3.0, 4.0], name="more")(x)))
+
+    monkeypatch.setattr(keras.applications, "MobileNet", pretend)
+    built = build(SMALL)
+    assert built.preparation.extras is not None
+    built.preparation.extras(str(tmp_path))
+    again = rebuild_model(json.loads(json.dumps(built.spec)), tmp_path, LABELS)
+    again.model.load_state_dict(built.model.state_dict())
+    assert torch.equal(again.model(pictures()), built.model(pictures()))
 
 
 def test_the_users_defaults_are_left_as_they_are() -> None:

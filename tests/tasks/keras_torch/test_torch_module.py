@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from frostline.backends.keras.torch_module import KerasClassifier, KerasModule
+from frostline.backends.torch.example import Example
 from frostline.backends.torch.grouping import layer_groups
+from frostline.backends.torch.tracing import leave_untouched
 from frostline.errors import ModelError
+from frostline.frontier.finding import record
 
 L = keras.layers
 
@@ -177,6 +180,36 @@ def test_assigned_tensors_count_and_lose_nothing_in_silence() -> None:
     torch.testing.assert_close(net(x), other(x))
     with pytest.raises(ModelError, match="what BatchNormalization learns of the data would be"):
         net.train()(x)
+
+
+def scaling(*, adapted: bool) -> Any:
+    x = keras.Input((8, 8, 3))
+    y = L.Rescaling([2.0, 3.0, 4.0], [0.0, 1.0, 2.0], name="scale")(x)
+    settings = {} if adapted else {"mean": [1.0, 2.0, 3.0], "variance": [4.0, 5.0, 6.0]}
+    layer = L.Normalization(name="normal", **settings)
+    y = layer(y)
+    if adapted:
+        layer.adapt(np.random.default_rng(0).normal(3, 2, (16, 8, 8, 3)))
+    y = L.GlobalAveragePooling2D()(L.Conv2D(4, 3, name="conv")(y))
+    return keras.Model(x, y)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_constants_of_layers_are_known_and_statistics_of_the_data_are_loaded(adapted: bool) -> None:
+    keras.utils.set_random_seed(0)
+    made = scaling(adapted=adapted)
+    net = KerasClassifier(made, head="p", classes=2).eval()
+    x = pictures(4, 8)
+    torch.testing.assert_close(net.head(made(x.permute(0, 2, 3, 1))), net(x))
+    fresh = KerasClassifier(keras.models.clone_model(made), head="p", classes=2).eval()
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(x), net(x))
+    assert isinstance(made.get_layer("scale").scale, list)  # as it was, for saving
+    net.requires_grad_(requires_grad=False).head.requires_grad_()
+    example = Example((x,))
+    with leave_untouched(net):
+        seen = record(net, example, lambda _: None)
+    assert seen.recorder.frozen_share > 0.9
 
 
 def test_a_copy_is_refused() -> None:

@@ -41,15 +41,17 @@ class _KerasCall:
     Attributes:
         held: variables whose tensors the module holds, by its names for them; with each, whether
             it is a parameter.
+        constants: tensors that the layer computes with and that are no variables, by attribute.
     """
 
-    __slots__ = ("_call", "_place", "_takes_training", "held", "layer")
+    __slots__ = ("_call", "_place", "_takes_training", "constants", "held", "layer")
 
     def __init__(self, layer: keras.Layer, call: Callable[..., Any], place: Any) -> None:
         self.layer = layer
         self.held: dict[str, tuple[keras.Variable, bool]] = {}
         self._call = call
         self._place = place
+        self.constants = _constants(layer)
         self._takes_training = "training" in inspect.signature(layer.call).parameters
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool) -> Any:
@@ -57,7 +59,19 @@ class _KerasCall:
         given = dict(kwargs)
         if self._takes_training:
             given["training"] = training
-        return self._call(*args, **given)
+        if isinstance(self.layer, keras.layers.Normalization):
+            self.layer.finalize_state()  # it computes with copies, older than what was loaded
+        if not isinstance(self.layer, keras.layers.Rescaling):
+            return self._call(*args, **given)
+        # Keras would make tensors of its numbers in each call, whose origin nobody can follow.
+        before = {name: getattr(self.layer, name) for name in self.constants}
+        try:
+            for name, constant in self.constants.items():
+                setattr(self.layer, name, constant)
+            return self._call(*args, **given)
+        finally:
+            for name, value in before.items():
+                setattr(self.layer, name, value)
 
     def __deepcopy__(self, memo: Any) -> Any:
         """Refused: a copied layer would train the original's tensors."""
@@ -74,6 +88,22 @@ class _KerasCall:
     def stands_for(self) -> Any:
         """What decides the layer's result besides its tensors, for keys of stored outputs."""
         return ["keras", keras.__version__, self._place]
+
+
+def _constants(layer: keras.Layer) -> dict[str, Tensor]:
+    """Tensors among a layer's attributes, or what has to become one."""
+    if isinstance(layer, keras.layers.Rescaling):
+        found = {"scale": layer.scale, "offset": layer.offset}
+        return {
+            name: keras.ops.convert_to_tensor(value, dtype=layer.compute_dtype)
+            for name, value in found.items()
+            if not isinstance(value, int | float)
+        }
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    }
 
 
 class _KerasGraph(_KerasCall):
@@ -179,6 +209,8 @@ class KerasModule(_Home):
             self._keras: _KerasCall = _KerasGraph(layer, place)
         else:
             self._keras = _KerasCall(layer, layer if stepwise else layer.call, place)
+        # Where tracing and keys look for what a module computes with.
+        self.constants = tuple(self._keras.constants.values())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer, in this module's mode."""
