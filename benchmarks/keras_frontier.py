@@ -32,7 +32,7 @@ from PIL import Image
 
 from frostline.frontier.keras import find_region, fit, frozen_model
 
-SHARED = Path(os.environ.get("FROSTLINE_SHARED", "/work/shared"))
+SHARED = Path(os.environ.get("FROSTLINE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 WEIGHTS = SHARED / "models/mobilenet025_keras_imagenet/mobilenet_2_5_224_tf_no_top.h5"
 FLOWERS = SHARED / "data/flowers5"
 BATCH = 32
