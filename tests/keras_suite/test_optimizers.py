@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "muon": lambda: make.Muon(0.01),
     "ema": lambda: make.SGD(0.05, momentum=0.9, use_ema=True, ema_momentum=0.5),
     "ema-overwrite": lambda: make.Adam(
-        0.01, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2
+        0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=2
     ),
     "accumulating": lambda: make.AdamW(0.01, gradient_accumulation_steps=2),
     "scaled-loss": lambda: make.SGD(0.05, momentum=0.9, loss_scale_factor=8.0),

@@ -63,27 +63,37 @@ def freezing(*names: str) -> FreezePlan:
     return FreezePlan(frozen=frozenset(names))
 
 
+def alike() -> keras.Model:
+    """Layers of equal shapes and nothing else: one program fits several plans."""
+    keras.utils.set_random_seed(5)
+    names = ("a", "b", "c", "d")
+    x = inputs = keras.Input((6,))
+    for name in names:
+        x = keras.layers.Dense(6, activation="tanh", name=name)(x)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    model.compile(momentum(), "mse")
+    model.test_on_batch(*batch(0, 8))
+    return model
+
+
 def test_plans_that_differ_in_nothing_but_the_layer_each_train_their_own() -> None:
-    """The layers have equal shapes, so that compiled programs look alike: JAX takes one for all."""
-    model = compiled()
+    """Compiled programs of both plans look alike: Keras on JAX takes one for the other."""
+    model = alike()
     backend = KerasBackend(model)
-    plans = [freezing("block1"), freezing("block2"), freezing("block1"), freezing("block2")]
+    plans = [freezing("b"), freezing("c"), freezing("b"), freezing("c")]
     act = Plans(backend, [*plans, FreezePlan()])
     fit(model, 5, act)
     for step, plan in enumerate(plans):
         held = plan.held_tensors(backend.groups)
-        parameters = {p.name for g in backend.groups for p in g.parameters}
-        moved = act.moved(step)
-        assert moved & held == set()
-        assert parameters - held <= moved
+        assert act.moved(step) == tensors(model).keys() - held
     assert backend.switches == 4
 
 
 def test_evaluation_after_a_switch_is_of_the_right_weights() -> None:
-    model = compiled()
+    model = alike()
     backend = KerasBackend(model)
     x, y = batch(77, 8)
-    for plan in (freezing("block1"), freezing("block2"), freezing("block1")):
+    for plan in (freezing("b"), freezing("c"), freezing("b")):
         backend.apply(plan)
         fit(model, 1)
         loss = model.evaluate(x, y, verbose=0)
