@@ -224,6 +224,20 @@ def test_several_steps_per_execution_are_stepped_through() -> None:
     assert [d.step for d in freezing.decisions] == [0, 4, 9]  # asked at 0, 2, 4 of each epoch
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it on torch")
+def test_several_steps_per_execution_of_an_unknown_number_are_counted() -> None:
+    x, y = data(BATCH * 5)
+
+    def batches() -> Any:
+        for i in range(0, len(x), BATCH):
+            yield x[i : i + BATCH], y[i : i + BATCH]
+
+    model, freezing = compiled(steps_per_execution=2), FreezeCallback("full")
+    model.fit(batches(), verbose=0, callbacks=[freezing])
+    assert freezing.driver is not None
+    assert freezing.driver.progress.step == 5
+
+
 def test_signals_with_several_steps_or_summed_gradients_are_refused() -> None:
     if BACKEND != "torch":
         with pytest.raises(PolicyError, match="steps_per_execution=2"):
