@@ -181,6 +181,8 @@ def loader(x: np.ndarray, y: np.ndarray) -> Any:
     return torch.utils.data.DataLoader(pairs, batch_size=BATCH)
 
 
+#: One by the clock, and one that reads gradients: a step in one piece, and one in two.
+POLICIES = ["gradual:every=1ep", pytest.param("autofreeze:every=2st", marks=pytest.mark.slow)]
 INPUTS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
     "py_dataset": py_dataset, "loader": loader,
 }  # fmt: skip
@@ -188,7 +190,7 @@ if BACKEND != "torch":
     INPUTS["tf.data"] = dataset
 
 
-@pytest.mark.parametrize("policy", ["gradual:every=1ep", "autofreeze:every=2st"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("form", INPUTS)
 def test_every_kind_of_input_trains_alike(form: str, policy: str) -> None:
     plain, other = compiled(), compiled()
@@ -203,7 +205,7 @@ if BACKEND != "torch":  # there it means TorchInductor, which needs a compiler
     FORMS |= {"jit": {"jit_compile": True}, "no jit": {"jit_compile": False}}
 
 
-@pytest.mark.parametrize("policy", ["gradual:every=1ep", "autofreeze:every=2st"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_or_not_it_freezes(form: str, policy: str) -> None:
     model, freezing = compiled(**FORMS[form]), FreezeCallback(policy)
@@ -220,6 +222,20 @@ def test_several_steps_per_execution_are_stepped_through() -> None:
     assert freezing.driver is not None
     assert freezing.driver.progress.step == 10
     assert [d.step for d in freezing.decisions] == [0, 4, 9]  # asked at 0, 2, 4 of each epoch
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it on torch")
+def test_several_steps_per_execution_of_an_unknown_number_are_counted() -> None:
+    x, y = data(BATCH * 5)
+
+    def batches() -> Any:
+        for i in range(0, len(x), BATCH):
+            yield x[i : i + BATCH], y[i : i + BATCH]
+
+    model, freezing = compiled(steps_per_execution=2), FreezeCallback("full")
+    model.fit(batches(), verbose=0, callbacks=[freezing])
+    assert freezing.driver is not None
+    assert freezing.driver.progress.step == 5
 
 
 def test_signals_with_several_steps_or_summed_gradients_are_refused() -> None:

@@ -28,7 +28,14 @@ from frostline.errors import StorageError
 from frostline.integrations.keras import CheckpointCallback, FreezeCallback
 
 EPOCHS, BATCHES, BATCH = 4, 5, 8
-POLICIES = ("gradual:every=4st", "autofreeze:every=3st", "lp-ft", "auto-rgn")
+POLICIES = [
+    "gradual:every=4st",
+    "autofreeze:every=3st",
+    *(
+        pytest.param(policy, marks=pytest.mark.slow)
+        for policy in ("lp-ft", "auto-rgn", "freezeout")
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -113,18 +120,20 @@ class StopAfter(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-def test_a_run_resumed_at_an_epoch_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    for policy in POLICIES:
-        whole = Run(policy)
-        history = whole.fit(epochs=EPOCHS)
-        broken, folder = Run(policy), tmp_path / policy.partition(":")[0]
-        broken.fit(CheckpointCallback(folder, broken.freezing), epochs=2)
-        resumed = Run(policy)
-        done = load_checkpoint(folder, resumed.model, resumed.freezing)
-        assert done == {"epoch": 2}
-        rest = resumed.fit(epochs=EPOCHS, first=2)
-        assert resumed.evidence() == whole.evidence(), policy
-        assert {k: v[2:] for k, v in history.items()} == rest
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_run_resumed_at_an_epoch_equals_the_uninterrupted_one(
+    policy: str, tmp_path: Path
+) -> None:
+    whole = Run(policy)
+    history = whole.fit(epochs=EPOCHS)
+    broken = Run(policy)
+    broken.fit(CheckpointCallback(tmp_path, broken.freezing), epochs=2)
+    resumed = Run(policy)
+    done = load_checkpoint(tmp_path, resumed.model, resumed.freezing)
+    assert done == {"epoch": 2}
+    rest = resumed.fit(epochs=EPOCHS, first=2)
+    assert resumed.evidence() == whole.evidence()
+    assert {k: v[2:] for k, v in history.items()} == rest
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

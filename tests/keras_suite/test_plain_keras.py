@@ -49,6 +49,7 @@ def test_every_case_has_its_verdict() -> None:
     assert PLAIN.keys() == traps.CASES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_what_plain_keras_does(name: str) -> None:
     expected = PLAIN[name][BACKENDS.index(keras.backend.backend())]

@@ -173,6 +173,7 @@ class FreezeCallback(keras.callbacks.Callback):
         self._resumed: _Resumed | None = None
         self._begun = False  # whether the run of the present `fit` has begun
         self._batches = 0  # of the update under way, complete
+        self._counted = 0  # of all, as the optimizer counted last
         self._switched = False
         self._since = 0.0
         self._warned = False
@@ -361,8 +362,8 @@ class FreezeCallback(keras.callbacks.Callback):
         state = self._state_to_go_on()
         lengths = self._lengths(epoch, 0 if state is None else state["step"])
         self._new_driver(lengths, state).start()
-        self._batches = int(to_number(innermost(self._trained.optimizer).variables[0]))
-        self._batches %= self._per_update
+        self._counted = self._count()
+        self._batches = self._counted % self._per_update
 
     def _state_to_go_on(self) -> dict[str, Any] | None:
         if self._resumed is not None:
@@ -424,10 +425,17 @@ class FreezeCallback(keras.callbacks.Callback):
         """Batches of the call of the train function that just ended."""
         several = self._trained.steps_per_execution
         known = self._known.get("steps")
-        if several == 1 or not known:
-            return several
-        first = last + 1 - several
-        return min(several, known - first)
+        if several == 1:
+            return 1
+        if known:
+            return min(several, known - (last + 1 - several))
+        self.backend_of(self._trained).steps.sync()
+        before, self._counted = self._counted, self._count()
+        return self._counted - before
+
+    def _count(self) -> int:
+        """Batches that the optimizer has seen."""
+        return int(to_number(innermost(self._trained.optimizer).variables[0]))
 
     def _decided(self, decision: Decision) -> None:
         if self.verbose:
