@@ -344,7 +344,8 @@ def test_frontier_values_are_data_for_other_loops(tmp_path: Path) -> None:
         for a, v in zip(before, model.trainable_variables, strict=True)
     ]
     assert all(moved)
-    model.trainable = True
+    for layer in model.layers:
+        layer.trainable = True
     with pytest.raises(FrontierError, match="no layer with weights is frozen"):
         cached(model, x, cache=tmp_path)
 
