@@ -93,9 +93,10 @@ class _KerasCall:
 def _constants(layer: keras.Layer) -> dict[str, Tensor]:
     """Tensors among a layer's attributes, or what has to become one."""
     if isinstance(layer, keras.layers.Rescaling):
-        found = {"scale": layer.scale, "offset": layer.offset}
+        found: dict[str, Any] = {"scale": layer.scale, "offset": layer.offset}
+        to_tensor: Any = keras.ops.convert_to_tensor
         return {
-            name: keras.ops.convert_to_tensor(value, dtype=layer.compute_dtype)
+            name: to_tensor(value, dtype=layer.compute_dtype)
             for name, value in found.items()
             if not isinstance(value, int | float)
         }
