@@ -5,8 +5,9 @@
 
 MobileNet 0.25 of keras.applications, with ImageNet's weights, learns five kinds of flowers. Runs
 with the cache where it pays (`cache: auto`, the default) and without follow each other seed by
-seed; every run starts from an empty store. CPU seconds are those of the whole `fit` in this process, so that they mean something
-on a machine that others use. A finished run is not run again: delete its line, or the log.
+seed; every run starts from an empty store. CPU seconds are those of the whole `fit` in this
+process, so that they mean something on a machine that others use. A finished run is not run again:
+delete its line, or the log.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class _KerasCall:
         if self._takes_training:
             given["training"] = training
         if isinstance(self.layer, keras.layers.Normalization):
-            self.layer.finalize_state()  # it computes with copies, older than what was loaded
+            self.layer.finalize_state()  # it computes with views, which a move leaves behind
         if not isinstance(self.layer, keras.layers.Rescaling):
             return self._call(*args, **given)
         # Keras would make tensors of its numbers in each call, whose origin nobody can follow.
