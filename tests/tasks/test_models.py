@@ -244,8 +244,8 @@ def test_an_image_model_refuses_texts() -> None:
 
 
 def test_an_unknown_saved_source_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="source 'keras'"):
-        rebuild_model({"source": "keras"}, tmp_path, LABELS)
+    with pytest.raises(ModelError, match="source 'flax'"):
+        rebuild_model({"source": "flax"}, tmp_path, LABELS)
 
 
 def test_the_head_is_the_last_layer_with_one_output_per_class() -> None:

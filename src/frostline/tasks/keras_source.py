@@ -138,8 +138,15 @@ def build(name: str, *, config: RunConfig, labels: tuple[str, ...], kind: Kind) 
 
 def rebuild(spec: Mapping[str, Any], folder: Path, labels: tuple[str, ...]) -> Built:
     """The architecture and preparation of a saved model; weights as initialised."""
+    try:
+        plan = _Plan(**spec["plan"])
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"load the model in {folder}",
+            found=f"no whole plan of it: {error}",
+            fix="save it again",
+        ) from error
     keras = load_keras()
-    plan = _Plan(**spec["plan"])
     extras = None
     with _settled(keras):
         if plan.described:

@@ -399,6 +399,12 @@ def test_what_an_application_adds_for_its_own_weights_is_saved_with_it(
     assert torch.equal(again.model(pictures()), built.model(pictures()))
 
 
+@pytest.mark.parametrize("plan", [None, {}, {"name": "x", "application": "VGG16", "code": 1}])
+def test_a_damaged_description_is_an_error_of_ours(tmp_path: Path, plan: Any) -> None:
+    with pytest.raises(ModelError, match="no whole plan"):
+        rebuild_model({"source": "keras", "plan": plan}, tmp_path, LABELS)
+
+
 def test_the_users_defaults_are_left_as_they_are() -> None:
     before = keras.config.image_data_format()
     keras.config.set_image_data_format("channels_first")

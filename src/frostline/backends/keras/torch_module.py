@@ -60,7 +60,7 @@ class _KerasCall:
         if self._takes_training:
             given["training"] = training
         if isinstance(self.layer, keras.layers.Normalization):
-            self.layer.finalize_state()  # it computes with copies, older than what was loaded
+            self.layer.finalize_state()  # it computes with views, which a move leaves behind
         if not isinstance(self.layer, keras.layers.Rescaling):
             return self._call(*args, **given)
         # Keras would make tensors of its numbers in each call, whose origin nobody can follow.
@@ -93,9 +93,10 @@ class _KerasCall:
 def _constants(layer: keras.Layer) -> dict[str, Tensor]:
     """Tensors among a layer's attributes, or what has to become one."""
     if isinstance(layer, keras.layers.Rescaling):
-        found = {"scale": layer.scale, "offset": layer.offset}
+        found: dict[str, Any] = {"scale": layer.scale, "offset": layer.offset}
+        to_tensor: Any = keras.ops.convert_to_tensor
         return {
-            name: keras.ops.convert_to_tensor(value, dtype=layer.compute_dtype)
+            name: to_tensor(value, dtype=layer.compute_dtype)
             for name, value in found.items()
             if not isinstance(value, int | float)
         }
