@@ -76,8 +76,8 @@ def test_order_is_that_of_execution_not_of_definition() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.last = L.Dense(2, name="last")
-            self.first = L.Dense(3, name="first")
             self.never = L.Dense(3, name="never")
+            self.first = L.Dense(3, name="first")
 
         def build(self, shape) -> None:
             self.first.build(shape)
@@ -159,8 +159,8 @@ def test_depthwise_and_pointwise_convolutions_are_one_block() -> None:
 def test_numbers_of_dimensions_make_no_blocks() -> None:
     x = keras.Input((12, 12, 3))
     y = x
-    for i in range(4):
-        y = L.Conv2D(4, 3, name=f"conv2d_{i}")(y)
+    for name in ("conv2d_a", "conv2d_b", "conv1d_a", "conv1d_b"):
+        y = L.Conv2D(4, 3, name=name)(y)
     model = keras.Model(x, L.Flatten()(y))
     assert len(layer_groups(model)) == 4
 
@@ -255,12 +255,14 @@ def test_a_model_whose_flow_depends_on_values_is_run_in_earnest() -> None:
             self.first = L.Dense(4, name="first")
             self.norm = L.BatchNormalization(name="norm")
             self.second = L.Dense(4, name="second")
+            self.count = self.add_weight(shape=(), initializer="zeros", trainable=False, name="n")
 
         def build(self, shape) -> None:
             for layer in (self.first, self.norm, self.second):
                 layer.build((None, 4))
 
         def call(self, x, training=None):
+            self.count.assign(self.count + 1)
             x = self.norm(self.first(x), training=training)
             if float(keras.ops.stop_gradient(keras.ops.sum(x))) < 1e9:
                 x = self.second(x)
