@@ -478,7 +478,7 @@ def dropout(frostline: bool) -> Outcome:
 
 @case("one layer of a frozen nested backbone set trainable")
 def nested(frostline: bool) -> Outcome:
-    """The flag of the outer model wins: what looks trainable never trains."""
+    """Right without help, too: in `fit` the flag of each layer counts, not that of its model."""
     keras.utils.set_random_seed(0)
     inner = keras.Sequential(
         [keras.Input((6,)), keras.layers.Dense(8, name="a"), keras.layers.Dense(8, name="b")],
