@@ -334,7 +334,7 @@ class Session:
         self._flags = flags
         if self._library is None:
             return
-        began = time.perf_counter()
+        began, counted = time.perf_counter(), self.report.fill_s + self.report.check_s
         old, self._now = self._now, self._raw
         try:
             fits = [use for use in self._uses.values() if use.flags == flags]
@@ -349,7 +349,8 @@ class Session:
             self._refused[flags] = error.found
             self.report.note(f"not cached: {error.found}")
         finally:
-            self.report.find_s += time.perf_counter() - began
+            counted = self.report.fill_s + self.report.check_s - counted
+            self.report.find_s += time.perf_counter() - began - counted
 
     def _flags_now(self) -> tuple[Any, ...]:
         """The flags and wrappers that regions depend on."""
@@ -431,11 +432,9 @@ class Session:
         """After a step, now and then: compare; a region that differs is given up."""
         if self._now.region is None or self._random.integers(CHECKED_EVERY):
             return
-        began = time.perf_counter()
         _sync(self.model)
         with _generators_kept():
             why = self._difference(self._now)
-        self.report.check_s += time.perf_counter() - began
         if why:
             self._refused[self._now.flags] = why
             self.report.note(f"not cached any more: {why}")
@@ -449,6 +448,13 @@ class Session:
     def _difference(self, use: _Use) -> str:
         """What replay does differently from the whole model on a few random samples, or ""."""
         self.report.checked += 1
+        began = time.perf_counter()
+        try:
+            return self._compared(use)
+        finally:
+            self.report.check_s += time.perf_counter() - began
+
+    def _compared(self, use: _Use) -> str:
         for source, (samples, x) in enumerate(self._sources):
             block = int(self._random.integers(-(-len(samples) // BLOCK_ROWS))) * BLOCK_ROWS
             if name := use.features[source].doubt(block):
