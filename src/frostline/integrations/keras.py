@@ -526,7 +526,11 @@ class _Resumed:
         if not per_epoch or self.driver["step"] % per_epoch == 0:
             return
         if len(variables) != len(self.metrics):
-            _log.warning("metrics of the interrupted epoch start afresh: there are others now")
+            # TensorFlow makes metrics at the first batch; the other backends before it.
+            _log.warning(
+                "training metrics of the interrupted epoch are of its rest alone: the model had no "
+                "metrics yet. Call model.test_on_batch(x, y) once before fit to keep them"
+            )
             return
         for variable, value in zip(variables, self.metrics, strict=True):
             variable.assign(value)
