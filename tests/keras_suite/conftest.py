@@ -23,6 +23,21 @@ else:
     collect_ignore_glob = ["*"]
 
 
+#: What takes long where Keras compiles, and is much the same there: fast on torch alone.
+LONG_WHERE_COMPILED = {
+    "test_checkpoint", "test_docs", "test_frontier_zoo", "test_grouping", "test_measure",
+    "test_model_file", "test_plain_keras", "test_policies_on_keras",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("KERAS_BACKEND") == "torch":
+        return
+    for item in items:
+        if item.path.parent.name == "keras_suite" and item.path.stem in LONG_WHERE_COMPILED:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def fresh_keras() -> None:
     """Names of layers, and whatever else Keras counts, start afresh in every test."""

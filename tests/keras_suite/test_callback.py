@@ -233,7 +233,7 @@ def test_several_steps_per_execution_of_an_unknown_number_are_counted() -> None:
             yield x[i : i + BATCH], y[i : i + BATCH]
 
     model, freezing = compiled(steps_per_execution=2), FreezeCallback("full")
-    model.fit(batches(), verbose=0, callbacks=[freezing])
+    model.fit(batches(), shuffle=False, verbose=0, callbacks=[freezing])
     assert freezing.driver is not None
     assert freezing.driver.progress.step == 5
 
