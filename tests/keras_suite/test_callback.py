@@ -225,6 +225,7 @@ def test_several_steps_per_execution_are_stepped_through() -> None:
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it on torch")
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 def test_several_steps_per_execution_of_an_unknown_number_are_counted() -> None:
     x, y = data(BATCH * 5)
 
