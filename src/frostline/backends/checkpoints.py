@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 
@@ -82,7 +83,7 @@ def newest_step(folder: Path) -> int:
     return max((checkpoint_step(path) for path in checkpoint_folders(folder)), default=-1)
 
 
-def whole(folder: Path, step: int | None, *, kind: str) -> tuple[Path, Mapping[str, object]] | None:
+def whole(folder: Path, step: int | None, *, kind: str) -> tuple[Path, Mapping[str, Any]] | None:
     """The newest checkpoint that verifies, with its note; None if there is no checkpoint at all.
 
     Args:
