@@ -93,7 +93,7 @@ class CachedData:
                 "store what the frozen layers give", found=why, fix="freeze layers first"
             )
         self.samples, self.region, self.report = samples, region, report
-        self.rest = rest_model(region)
+        self.rest = _fed_plainly(rest_model(region))
         self._stack = contextlib.ExitStack()
         key = region_key(
             region, data=samples.data, encoding=encoding,
@@ -140,6 +140,13 @@ class CachedData:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _fed_plainly(rest: keras.Model) -> keras.Model:
+    """The same layers; one tensor is fed as such, not as a list of one: Keras warns of that."""
+    if len(rest.inputs) > 1:
+        return rest
+    return keras.Model(rest.inputs[0], rest.output, name=rest.name)
 
 
 def stored(
