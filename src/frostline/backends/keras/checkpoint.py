@@ -24,7 +24,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import keras
 import ml_dtypes
@@ -54,9 +54,11 @@ from frostline.backends.trees import pack_tree, unpack_tree
 from frostline.errors import StorageError, few
 
 if TYPE_CHECKING:
-    from frostline.integrations.keras import FreezeCallback
+    from frostline.backends.keras.backend import KerasBackend
+    from frostline.driver import Driver
+    from frostline.policy import Policy
 
-__all__ = ["load_checkpoint", "load_weights", "save_checkpoint", "save_weights"]
+__all__ = ["FreezingRun", "load_checkpoint", "load_weights", "save_checkpoint", "save_weights"]
 
 _log = logging.getLogger("frostline")
 KIND = "frostline keras checkpoint 1"
@@ -70,10 +72,42 @@ _DTYPES = {
 }  # fmt: skip
 
 
+class FreezingRun(Protocol):
+    """What a checkpoint reads and restores of a run: a `FreezeCallback`."""
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the run."""
+        ...
+
+    @property
+    def driver(self) -> Driver | None:
+        """Its driver; None before `fit`."""
+        ...
+
+    @property
+    def lengths(self) -> tuple[int | None, int | None]:
+        """Updates per epoch and of the whole run; None if unknown."""
+        ...
+
+    def backend_of(self, model: keras.Model) -> KerasBackend:
+        """The backend for this model, with the optimizer built."""
+        ...
+
+    def resume(
+        self,
+        state: Mapping[str, Any],
+        lengths: tuple[int | None, int | None],
+        metrics: Sequence[Any] = (),
+    ) -> None:
+        """Go on from this state at the next `fit`."""
+        ...
+
+
 def save_checkpoint(
     folder: str | Path,
     model: keras.Model,
-    callback: FreezeCallback | None = None,
+    callback: FreezingRun | None = None,
     *,
     extra: Mapping[str, Any] | None = None,
     step: int | None = None,
@@ -141,7 +175,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | Path,
     model: keras.Model,
-    callback: FreezeCallback | None = None,
+    callback: FreezingRun | None = None,
     *,
     step: int | None = None,
 ) -> dict[str, Any] | None:
@@ -244,7 +278,7 @@ class _Parts:
     tensors: dict[str, dict[str, Array]]
 
 
-def _collect(model: keras.Model, callback: FreezeCallback | None) -> _Parts:
+def _collect(model: keras.Model, callback: FreezingRun | None) -> _Parts:
     if callback is not None:
         callback.backend_of(model).steps.sync()
     parts = _Parts({}, {})
@@ -314,7 +348,7 @@ def _unique_paths(model: keras.Model) -> dict[str, str]:
 
 
 def _plan_changes(
-    path: Path, parts: _Parts, model: keras.Model, callback: FreezeCallback | None
+    path: Path, parts: _Parts, model: keras.Model, callback: FreezingRun | None
 ) -> list[Callable[[], object]]:
     """Check every part and return what to do, so that nothing is changed unless all fits."""
     trees = {
@@ -346,7 +380,7 @@ def _plan_changes(
     return changes
 
 
-def _same_policy(path: Path, callback: FreezeCallback, state: Mapping[str, Any]) -> None:
+def _same_policy(path: Path, callback: FreezingRun, state: Mapping[str, Any]) -> None:
     if state["policy"] != repr(callback.policy):
         raise StorageError(
             f"resume from {path} with the policy {callback.policy!r}",
