@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +20,17 @@ from frostline import _io
 from frostline.errors import StorageError
 
 __all__ = [
-    "HELD",
-    "MAX_STATE_BYTES",
-    "STATE",
     "Held",
     "check_keep",
     "checkpoint_folders",
     "checkpoint_step",
-    "digest_of_held",
     "free_name",
     "library_errors",
     "newest_step",
     "prune",
-    "readable_extra",
-    "share_held",
+    "read_checkpoint",
     "whole",
+    "write_checkpoint",
 ]
 
 _NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,9}))?")
@@ -179,3 +175,66 @@ def readable_extra() -> Iterator[None]:
             found=str(error),
             fix="plain JSON: finite numbers, strings, lists, dicts",
         ) from error
+
+
+def write_checkpoint(
+    target: Path,
+    trees: Mapping[str, Any],
+    tensors: Mapping[str, dict[str, Any]],
+    *,
+    step: int,
+    kind: str,
+    held: Mapping[str, str],
+    beside: Sequence[Path],
+    write: Callable[[Path, dict[str, Any]], object],
+    about: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint folder in one rename, and read it back.
+
+    Args:
+        target: the new folder.
+        trees: JSON by part.
+        tensors: by file, "model" among them.
+        step: updates completed.
+        kind: what the manifest says the folder is.
+        held: SHA-256 of what is held frozen, by name: written once, in a file of its own.
+        beside: folders whose checkpoints may hold the same file already.
+        write: writes tensors by name into a file.
+        about: what the state says besides the parts.
+
+    Raises:
+        StorageError: it cannot be written or read back.
+    """
+    frozen = {n: held[n] for n in sorted(held) if n in tensors["model"]}
+    note = {"step": step, "parts": sorted(trees), "held": digest_of_held(frozen)}
+    shared: dict[str, str] = {}
+    with _io.atomic_folder(target, kind=kind, note=note, shared=shared) as draft:
+        if frozen:
+            known = share_held(beside, note["held"], draft / HELD)
+            if known is None:
+                write(draft / HELD, {name: tensors["model"][name] for name in frozen})
+            else:
+                shared[HELD] = known
+        for name, found in tensors.items():
+            apart = frozen if name == "model" else ()
+            write(draft / f"{name}.safetensors", {n: t for n, t in found.items() if n not in apart})
+        with readable_extra():
+            text = _io.canonical_json({"parts": trees, **about})
+        _io.write_file(draft / STATE, text)
+    _io.verify_folder(target, kind=kind, unread=shared)
+
+
+def read_checkpoint(
+    path: Path, note: Mapping[str, Any], read: Callable[[Path], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
+    """Trees by part, tensors by file and the whole state of a folder that `whole` found.
+
+    Args:
+        path: the folder.
+        note: of its manifest.
+        read: reads tensors by name from a file.
+    """
+    state = _io.load_json(path / STATE, max_bytes=MAX_STATE_BYTES)
+    tensors = {file.stem: read(file) for file in sorted(path.glob("*.safetensors"))}
+    tensors.setdefault("model", {}).update(tensors.pop(Path(HELD).stem, {}))
+    return {name: state["parts"][name] for name in note["parts"]}, tensors, state

@@ -35,18 +35,14 @@ from safetensors.numpy import save, save_file
 from frostline import _io
 from frostline._version import __version__
 from frostline.backends.checkpoints import (
-    HELD,
-    MAX_STATE_BYTES,
-    STATE,
     check_keep,
-    digest_of_held,
     free_name,
     library_errors,
     newest_step,
     prune,
-    readable_extra,
-    share_held,
+    read_checkpoint,
     whole,
+    write_checkpoint,
 )
 from frostline.backends.keras.arrays import Array, array_of
 from frostline.backends.keras.names import aliases, tensors
@@ -149,24 +145,11 @@ def save_checkpoint(
         number = newest_step(folder) + 1 if driver is None else driver.progress.step
     target = free_name(folder, number)
     held = {} if driver is None else driver.held
-    frozen = {n: held[n] for n in sorted(held) if n in parts.tensors["model"]}
-    note = {"step": number, "parts": sorted(parts.trees), "held": digest_of_held(frozen)}
-    shared: dict[str, str] = {}
-    with _io.atomic_folder(target, kind=KIND, note=note, shared=shared) as draft:
-        if frozen:
-            apart = {name: parts.tensors["model"].pop(name) for name in frozen}
-            known = share_held([folder], note["held"], draft / HELD)
-            if known is None:
-                write_arrays(draft / HELD, apart)
-            else:
-                shared[HELD] = known
-        for name, arrays in parts.tensors.items():
-            write_arrays(draft / f"{name}.safetensors", arrays)
-        state = {"parts": parts.trees, "extra": dict(extra or {}), "versions": _versions()}
-        with readable_extra():
-            text = _io.canonical_json(state)
-        _io.write_file(draft / STATE, text)
-    _io.verify_folder(target, kind=KIND, unread=shared)
+    write_checkpoint(
+        target, parts.trees, parts.tensors, step=number, kind=KIND, held=held,
+        beside=[folder], write=write_arrays,
+        about={"extra": dict(extra or {}), "versions": _versions()},
+    )  # fmt: skip
     if keep:
         prune(folder, keep)
     return target
@@ -197,13 +180,10 @@ def load_checkpoint(
     if found is None:
         return None
     path, note = found
-    state = _io.load_json(path / STATE, max_bytes=MAX_STATE_BYTES)
+    trees, arrays, state = read_checkpoint(path, note, read_arrays)
     if state["versions"] != _versions():
         _log.warning("%s was written with %s: bits may differ", path, state["versions"])
-    arrays = {file.stem: read_arrays(file) for file in sorted(path.glob("*.safetensors"))}
-    arrays.setdefault("model", {}).update(arrays.pop(Path(HELD).stem, {}))
-    names: Any = note["parts"]
-    parts = _Parts({name: state["parts"][name] for name in names}, arrays)
+    parts = _Parts(trees, arrays)
     for change in _plan_changes(path, parts, model, callback):
         change()
     _log.info("restored %s", path)

@@ -273,6 +273,17 @@ class _Eager:
         found = [capture.gradients.get(id(v)) for v in self.model.trainable_variables]
         return logs, found, capture.loss
 
+    def gradients(self, key: Any, data: Any) -> _Gradients:
+        return _Gradients(*self.run(data))
+
+    def only_gradients(self, key: Any, data: Any) -> _Gradients:
+        before = [(v, ops.copy(v)) for v in self.moving()]
+        try:
+            return self.gradients(key, data)
+        finally:
+            for variable, value in before:
+                variable.assign(value)
+
     def apply(self, variables: Sequence[keras.Variable], grads: Any, factors: Any) -> None:
         with self.guard.factors(factors):
             self.guard.optimizer.apply(grads, list(variables))
@@ -300,17 +311,6 @@ class _Eager:
 class _Torch(_Eager):
     """PyTorch runs every step eagerly; `jit_compile` applies to fused steps."""
 
-    def gradients(self, key: Any, data: Any) -> _Gradients:
-        return _Gradients(*self.run(data))
-
-    def only_gradients(self, key: Any, data: Any) -> _Gradients:
-        before = [(v, v.value.detach().clone()) for v in self.moving()]
-        try:
-            return self.gradients(key, data)
-        finally:
-            for variable, value in before:
-                variable.assign(value)
-
     def update(self, key: Any, variables: Any, grads: Any, factors: Any) -> None:
         import torch  # noqa: PLC0415 (only on this backend of Keras)
 
@@ -327,14 +327,6 @@ class _TensorFlow(_Eager):
     def gradients(self, key: Any, data: Any) -> _Gradients:
         function = self.kept.get(key, lambda: self._compiled(self.run))
         return _Gradients(*function(data))
-
-    def only_gradients(self, key: Any, data: Any) -> _Gradients:
-        before = [(v, ops.copy(v)) for v in self.moving()]
-        try:
-            return self.gradients(key, data)
-        finally:
-            for variable, value in before:
-                variable.assign(value)
 
     def update(self, key: Any, variables: Any, grads: Any, factors: Any) -> None:
         def make() -> Callable[..., Any]:

@@ -33,21 +33,17 @@ from torch import Tensor, nn
 from frostline import _io
 from frostline._version import __version__
 from frostline.backends.checkpoints import (
-    HELD,
-    MAX_STATE_BYTES,
-    STATE,
     Held,
     check_keep,
     checkpoint_folders,
     checkpoint_step,
-    digest_of_held,
     free_name,
     library_errors,
     newest_step,
     prune,
-    readable_extra,
-    share_held,
+    read_checkpoint,
     whole,
+    write_checkpoint,
 )
 from frostline.backends.torch.random_state import (
     RANDOM_STREAMS,
@@ -126,24 +122,11 @@ def save_checkpoint(
     number = _next_step(folder, driver) if step is None else step
     target = free_name(folder, number)
     held = held or Held({} if driver is None else driver.held)
-    frozen = {n: held.sha256[n] for n in sorted(held.sha256) if n in parts.tensors["model"]}
-    note = {"step": number, "parts": sorted(parts.trees), "held": digest_of_held(frozen)}
-    shared: dict[str, str] = {}
-    with _io.atomic_folder(target, kind=KIND, note=note, shared=shared) as draft:
-        if frozen:
-            apart = {name: parts.tensors["model"].pop(name) for name in frozen}
-            known = share_held([folder, *held.beside], note["held"], draft / HELD)
-            if known is None:
-                _write_tensors(draft / HELD, apart)
-            else:
-                shared[HELD] = known
-        for name, tensors in parts.tensors.items():
-            _write_tensors(draft / f"{name}.safetensors", tensors)
-        state = {"parts": parts.trees, "extra": dict(extra or {}), "versions": _versions()}
-        with readable_extra():
-            text = _io.canonical_json(state)
-        _io.write_file(draft / STATE, text)
-    _io.verify_folder(target, kind=KIND, unread=shared)
+    write_checkpoint(
+        target, parts.trees, parts.tensors, step=number, kind=KIND, held=held.sha256,
+        beside=[folder, *held.beside], write=_write_tensors,
+        about={"extra": dict(extra or {}), "versions": _versions()},
+    )  # fmt: skip
     if keep:
         prune(folder, keep)
     return target
@@ -286,12 +269,10 @@ def _find(folder: Path, step: int | None) -> tuple[Path, _Parts, dict[str, Any]]
     if found is None:
         return None
     path, note = found
-    state = _io.load_json(path / STATE, max_bytes=MAX_STATE_BYTES)
+    trees, tensors, state = read_checkpoint(path, note, _read_tensors)
     if state["versions"] != _versions():
         _log.warning("%s was written with %s: bits may differ", path, state["versions"])
-    tensors = {file.stem: _read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
-    tensors.setdefault("model", {}).update(tensors.pop(Path(HELD).stem, {}))
-    parts = _Parts({name: state["parts"][name] for name in note["parts"]}, tensors)
+    parts = _Parts(trees, tensors)
     return path, parts, state["extra"]
 
 
