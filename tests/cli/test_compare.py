@@ -50,6 +50,28 @@ def test_a_sweep_ranks_and_says_what_to_compare(cli, tmp_path: Path):
     assert {row["arm"] for row in found["rows"]} == {"full", "linear-probe"}
 
 
+def test_settings_come_from_a_file_too_and_flags_win(cli, tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: nowhere:model\ndata: tiny_task:tiny_data\nepochs: 1\nbatch_size: 16\nlr: 0.01\n"
+        "threads: 1\ndevice: cpu\ncache: off\npolicy: lp-ft\nseed: 5\noutput: elsewhere\n"
+    )
+    done = cli("compare", "--model", TASK[0], "--config", file, "--epochs", "2", "--together",
+               "--policies", "linear-probe", "--seeds", "1", "--output", tmp_path / "s")  # fmt: skip
+    assert done.code == 0, done.err
+    said = json.loads((tmp_path / "s" / "study.json").read_text())
+    assert {k: said["settings"][k] for k in ("model", "data", "lr", "cache")} == {
+        "model": TASK[0], "data": TASK[1], "lr": 0.01, "cache": "off"
+    }  # fmt: skip
+    assert int(said["settings"]["epochs"]) == 2
+    assert said["seeds"] == [0]
+    assert not {"policy", "seed", "output"} & said["settings"].keys()
+    file.write_text("epochs: 1\nepocs: 2\n")
+    done = cli("compare", *TASK, "--config", file)
+    assert done.code in (1, 2)
+    assert "epocs" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

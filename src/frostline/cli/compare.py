@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from rich.progress import BarColumn, Progress, TextColumn
 
 from frostline.cli.comparison import print_comparison
-from frostline.cli.flags import config_flags, overrides
+from frostline.cli.flags import CONFIG, config_flags, merged
 from frostline.cli.results import seconds_text
 from frostline.cli.terminal import console, escape
 from frostline.errors import ConfigError
@@ -23,10 +23,12 @@ from frostline.errors import ConfigError
 __all__ = ["compare", "follow_runs", "required", "seeds_of"]
 
 _List = Parameter(consume_multiple=True, negative="")
+#: Settings that this command says by itself.
+_OWN = ("policy", "seed", "output")
 
 
-@functools.partial(config_flags, without=("policy", "seed", "output"))
-def compare(
+@functools.partial(config_flags, without=_OWN)
+def compare(  # noqa: PLR0913 - all by name, all with defaults
     given: Mapping[str, Any],
     *,
     policies: Annotated[
@@ -68,6 +70,7 @@ def compare(
             help="All runs in this process: quicker to start, memory is not told apart.",
         ),
     ] = False,
+    config: Annotated[Path | None, CONFIG] = None,
     json: Annotated[bool, Parameter(negative="", help="Print the comparison as JSON.")] = False,
     quiet: Annotated[bool, Parameter(["--quiet", "-q"], negative="", help="No progress.")] = False,
 ) -> None:
@@ -75,7 +78,7 @@ def compare(
 
     The same command again goes on where it was; with more policies or seeds it does the rest.
     """
-    settings = required(overrides(given))
+    settings = required(merged(given, config, without=_OWN))
     from frostline.study.compare import compare as run
 
     with follow_runs(quiet=quiet) as on_event:

@@ -12,10 +12,15 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 from pydantic.fields import FieldInfo
 
-from frostline.tasks.config import RunConfig
+from frostline.tasks.config import RunConfig, load_config
 
-__all__ = ["config_flags", "setting_from_text"]
+__all__ = ["CONFIG", "config_flags", "merged", "overrides", "setting_from_text"]
 
+#: The option for a file of settings of commands that make many runs.
+CONFIG = Parameter(
+    help="YAML file of settings, such as `fit --print-config` writes; flags win over it. What this "
+    "command says by itself , such as policy, seed and output, is not read from it."
+)
 _GROUP = Group("Settings (the same names in --config)", sort_key=1)
 _POSITIONAL = ("model", "data", "policy")
 _EITHER_WAY = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -119,3 +124,23 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
         name: setting_from_text(name, value) if isinstance(value, str) else value
         for name, value in given.items()
     }
+
+
+def merged(
+    given: Mapping[str, Any], config: Path | None, *, without: Collection[str]
+) -> dict[str, Any]:
+    """The settings of a file and the given flags, which win.
+
+    Args:
+        given: flags.
+        config: YAML file, or None.
+        without: settings that the command has no flag for; not read from the file.
+
+    Raises:
+        ConfigError: what the file says cannot be read or used.
+    """
+    flags = overrides(given)
+    if config is None:
+        return flags
+    said = load_config(config, flags).model_dump(mode="json", exclude_unset=True)
+    return {name: value for name, value in said.items() if name not in without}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from frostline.cli.compare import follow_runs, required, seeds_of
-from frostline.cli.flags import config_flags, overrides
+from frostline.cli.flags import CONFIG, config_flags, merged
 from frostline.cli.terminal import console, escape, print_json, print_table
 from frostline.errors import ConfigError
 
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["learning_curve"]
 
 _List = Parameter(consume_multiple=True, negative="")
+#: Settings that this command says by itself.
+_OWN = ("policy", "seed", "output", "train_samples")
 
 
-@functools.partial(config_flags, without=("policy", "seed", "output", "train_samples"))
+@functools.partial(config_flags, without=_OWN)
 def learning_curve(
     given: Mapping[str, Any],
     *,
@@ -50,6 +52,7 @@ def learning_curve(
     together: Annotated[
         bool, Parameter(negative="", help="All runs in this process: quicker to start.")
     ] = False,
+    config: Annotated[Path | None, CONFIG] = None,
     json: Annotated[bool, Parameter(negative="", help="Print the curve as JSON.")] = False,
     quiet: Annotated[bool, Parameter(["--quiet", "-q"], negative="", help="No progress.")] = False,
 ) -> None:
@@ -58,7 +61,7 @@ def learning_curve(
     Every run makes as many updates as one on the largest size. The same command again goes on
     where it was; with more policies, seeds or smaller sizes it does the rest.
     """
-    settings = required(overrides(given))
+    settings = required(merged(given, config, without=_OWN))
     from frostline.study.learning_curve import SIZES, read_curve, run_curve
 
     with follow_runs(quiet=quiet) as on_event:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from frostline.cli.compare import follow_runs, required
-from frostline.cli.flags import config_flags, overrides
+from frostline.cli.flags import CONFIG, config_flags, merged
 from frostline.cli.terminal import console, escape, print_json, print_table
 from frostline.text import percent_text, seconds_text
 
@@ -28,9 +28,11 @@ _COLUMNS = {
     "val acc": "right",
     "time": "right",
 }
+#: Settings that this command says by itself.
+_OWN = ("policy", "seed", "output")
 
 
-@functools.partial(config_flags, without=("policy", "seed", "output"))
+@functools.partial(config_flags, without=_OWN)
 def sweep(  # noqa: PLR0913 - all by name, all with defaults
     given: Mapping[str, Any],
     *,
@@ -55,6 +57,7 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
     together: Annotated[
         bool, Parameter(negative="", help="All runs in this process: quicker to start.")
     ] = False,
+    config: Annotated[Path | None, CONFIG] = None,
     json: Annotated[bool, Parameter(negative="", help="Print JSON.")] = False,
     quiet: Annotated[bool, Parameter(["--quiet", "-q"], negative="", help="No progress.")] = False,
 ) -> None:
@@ -62,7 +65,7 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
 
     The same command again goes on where it was; with more policies it tries those, too.
     """
-    settings = required(overrides(given))
+    settings = required(merged(given, config, without=_OWN))
     from frostline.study.search import sweep as run
 
     with follow_runs(quiet=quiet) as on_event:
