@@ -25,8 +25,8 @@ from typing import Any
 from bench import RESULTS, processor
 from pairs import pairs
 
+from frostline.study.folder import StudyFolder
 from frostline.study.learning_curve import LearningCurve, SizePoint, read_curve, rising, run_curve
-from frostline.study.runner import StudyFolder
 
 PATH = RESULTS / "learning_curve.json"
 POLICIES = ("full", "first:groups=4", "linear-probe")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from frostline.cli import app
 from frostline.errors import ModelError, StorageError, UsageError
+from report_records import write_study
 
 
 def test_help_lists_every_command(cli):
@@ -34,22 +37,39 @@ def test_every_command_explains_itself_with_examples(cli, command):
     assert f"frostline {command}" in done.out.partition("Examples:")[2]
 
 
+FRAMEWORKS = frozenset({"torch", "keras", "timm", "transformers", "datasets"})
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["policies"], ["fit", "--help"], ["cache", "prune", "--help"]]
 )
 def test_light_commands_import_no_framework(arguments):
+    assert _imported(arguments, FRAMEWORKS | {"sklearn", "numpy"}) == "[]"
+
+
+def test_what_reads_records_alone_imports_no_framework(tmp_path: Path):
+    study = write_study(tmp_path / "study", {"full": [0.8, 0.81], "bitfit": [0.8, 0.82]})
+    for command in (["report", study], ["study", study], ["show", study / "runs/full/seed-0"]):
+        assert _imported(command, FRAMEWORKS) == "[]", command
+
+
+def _imported(arguments: Sequence[str | Path], heavy: frozenset[str]) -> str:
+    """Which of these packages a command imports; what it says besides."""
     code = (
         "import sys\n"
         "from frostline.cli.app import run\n"
         "code = run(sys.argv[1:])\n"
-        "heavy = {'torch', 'timm', 'transformers', 'datasets', 'sklearn', 'numpy'}\n"
-        "sys.stderr.write(repr(sorted(heavy & set(sys.modules))))\n"
+        f"sys.stderr.write(repr(sorted({set(heavy)!r} & set(sys.modules))))\n"
         "sys.exit(code)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, check=False, text=True
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        check=False,
+        text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "[]")
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @pytest.mark.parametrize(

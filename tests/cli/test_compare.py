@@ -57,7 +57,7 @@ def test_settings_come_from_a_file_too_and_flags_win(cli, tmp_path: Path):
         "threads: 1\ndevice: cpu\ncache: off\npolicy: lp-ft\nseed: 5\noutput: elsewhere\n"
     )
     done = cli("compare", "--model", TASK[0], "--config", file, "--epochs", "2", "--together",
-               "--policies", "linear-probe", "--seeds", "1", "--output", tmp_path / "s")  # fmt: skip
+               "--policies", "full", "--seeds", "1", "--output", tmp_path / "s")  # fmt: skip
     assert done.code == 0, done.err
     said = json.loads((tmp_path / "s" / "study.json").read_text())
     assert {k: said["settings"][k] for k in ("model", "data", "lr", "cache")} == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from frostline.errors import DamagedFile, DataError
 from frostline.live.watched import Watched
+from report_records import write_study
 
 
 class Renderer:
@@ -129,6 +131,18 @@ def test_a_run_moved_aside_is_no_problem_and_its_successor_is_shown(run, render)
     _write(run / "record.jsonl")
     assert watched.state().phase == "unfinished"
     assert watched.page().html == "page 2 of run"
+
+
+def test_a_study_is_finished_when_the_last_run_that_it_declares_is(tmp_path, render):
+    study = write_study(tmp_path / "study", {"full": [0.8, 0.9], "bitfit": [0.8, 0.9]})
+    watched = _watched(render, study)
+    assert watched.state().phase == "finished"
+    shutil.rmtree(study / "runs" / "bitfit" / "seed-1")  # between two runs
+    assert watched.state().phase == "unfinished"
+    (study / "runs" / "bitfit" / "seed-1.failed.json").write_text("{}")
+    assert watched.state().phase == "finished"
+    (study / "study.json").write_text("{")
+    assert watched.state().phase == "finished"
 
 
 def test_runs_of_a_study_are_found_and_links_not_followed(tmp_path, render):

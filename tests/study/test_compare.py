@@ -23,7 +23,8 @@ from frostline.errors import ConfigError, DataError, PolicyError, StorageError
 from frostline.records import without_costs
 from frostline.study.analysis import analyse
 from frostline.study.compare import compare, declare
-from frostline.study.runner import StudyFolder, TrialKey, open_study, run_order, run_study, settle
+from frostline.study.folder import StudyFolder, TrialKey, run_order
+from frostline.study.runner import open_study, run_study, settle
 from frostline.study.spec import Arm, StudySpec, arms_of, controls_of
 
 TINY: dict[str, Any] = {

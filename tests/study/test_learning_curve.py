@@ -19,6 +19,7 @@ from frostline.errors import ConfigError, DataError, PolicyError, UsageError
 from frostline.records import read_run
 from frostline.study import learning_curve as module
 from frostline.study.compare import compare
+from frostline.study.folder import StudyFolder, TrialKey
 from frostline.study.learning_curve import (
     SIZES,
     LearningCurve,
@@ -27,7 +28,6 @@ from frostline.study.learning_curve import (
     read_curve,
     resolve_sizes,
 )
-from frostline.study.runner import StudyFolder, TrialKey
 from frostline.tasks.config import load_config
 from frostline.tasks.order import Batching
 

@@ -53,7 +53,8 @@ class State:
 
     Attributes:
         version: of the page that would be served now.
-        phase: "waiting" (no record yet), "unfinished" or "finished" (all of them).
+        phase: "waiting" (no record yet), "unfinished" or "finished" (all of them, and all that a
+            study declares).
         changed_s: seconds since a record was written last; None without one.
         problem: why the newest files cannot be shown; empty when they can.
     """
@@ -113,7 +114,7 @@ class Watched:
         page = self.page()
         return State(
             version=page.version if page is not None else "",
-            phase=_phase(records),
+            phase=_phase(records, self.paths),
             changed_s=round(max(0.0, time.time() - max(times)), 1) if times else None,
             problem=self._problem,
         )
@@ -172,11 +173,25 @@ def _records_under(folder: Path, depth: int) -> Iterator[Path]:
             yield from _records_under(place, depth - 1)
 
 
-def _phase(records: Sequence[Path]) -> Phase:
+def _phase(records: Sequence[Path], paths: Sequence[Path]) -> Phase:
     if not records:
         return "waiting"
     whole = all(record.with_name("summary.json").is_file() for record in records)
-    return "finished" if whole else "unfinished"
+    return "finished" if whole and not any(map(_lacks_runs, paths)) else "unfinished"
+
+
+def _lacks_runs(path: Path) -> bool:
+    """Whether this is a study with runs to come."""
+    if not (path / "study.json").is_file():
+        return False
+    try:
+        # Runs are watched without what comparing them needs.
+        from frostline.study.folder import StudyFolder, run_order  # noqa: PLC0415
+
+        study = StudyFolder(path)
+        return not all(map(study.finished, run_order(study.spec())))
+    except FrostlineError:  # damaged, or a package is missing: making the page complains of it
+        return False
 
 
 def _stat(path: Path) -> Any:

@@ -272,7 +272,7 @@ def _read_study(path: Path) -> Runs:
 
     need("scipy", extra="study")
     from frostline.study.analysis import analyse  # noqa: PLC0415
-    from frostline.study.runner import StudyFolder, TrialKey  # noqa: PLC0415
+    from frostline.study.folder import StudyFolder, TrialKey  # noqa: PLC0415
 
     comparison, folder = analyse(path), StudyFolder(path)
     runs, failures = [], {}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from frostline import _io
 from frostline.errors import DataError
 from frostline.records import RunRecord, read_run
-from frostline.study.runner import StudyFolder, TrialKey, run_order
+from frostline.study.folder import StudyFolder, TrialKey, run_order
 from frostline.study.spec import Arm, StudySpec
 from frostline.study.statistics import (
     Paired,

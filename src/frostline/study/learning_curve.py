@@ -27,7 +27,8 @@ from frostline.errors import ConfigError, DataError, UsageError, few
 from frostline.records import read_run
 from frostline.registry import make_policy
 from frostline.study.compare import declare, default_folder
-from frostline.study.runner import OnEvent, StudyFolder, TrialKey, open_study, run_study
+from frostline.study.folder import StudyFolder, TrialKey
+from frostline.study.runner import OnEvent, open_study, run_study
 from frostline.study.spec import StudySpec, arms_of
 from frostline.study.statistics import Paired, paired
 from frostline.tasks.allowance import Budget

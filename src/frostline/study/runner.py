@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -26,17 +26,14 @@ from frostline.errors import ConfigError, FrostlineError, StorageError, Training
 from frostline.groups import GroupCost, LayerGroup, LayerGroups, TensorInfo
 from frostline.policies.common import backbone, freeze_first
 from frostline.records import RunRecord, read_run
+from frostline.study.folder import StudyFolder, TrialKey, run_order
 from frostline.study.spec import Arm, StudySpec
-from frostline.tasks.run import fit
 
 __all__ = [
     "OnEvent",
-    "StudyFolder",
-    "TrialKey",
     "note_failure",
     "open_study",
     "run_once",
-    "run_order",
     "run_settings",
     "run_study",
     "settle",
@@ -45,62 +42,6 @@ __all__ = [
 _log = logging.getLogger("frostline")
 #: Receives progress of the runs, each event with "arm", "seed", "place" and "of" besides.
 OnEvent = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class TrialKey:
-    """One run of a study: which arm, which seed."""
-
-    arm: str
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class StudyFolder:
-    """Names inside a study's folder.
-
-    Attributes:
-        path: the folder.
-    """
-
-    path: Path
-
-    @property
-    def declaration(self) -> Path:
-        """What is compared."""
-        return self.path / "study.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that runs the study."""
-        return self.path / ".lock"
-
-    def run(self, key: TrialKey) -> Path:
-        """The folder of a run."""
-        return self.path / "runs" / key.arm / f"seed-{key.seed}"
-
-    def failure(self, key: TrialKey) -> Path:
-        """Why a run could not be finished; absent for one that could."""
-        return self.path / "runs" / key.arm / f"seed-{key.seed}.failed.json"
-
-    def spec(self) -> StudySpec:
-        """The declaration.
-
-        Raises:
-            DataError: no study there.
-            DamagedFile: it cannot be read.
-        """
-        if not self.declaration.is_file():
-            raise errors.DataError(
-                f"read the study {self.path}",
-                found="no study.json",
-                fix="give the folder that frostline compare printed",
-            )
-        return StudySpec.from_json(_io.load_json(self.declaration))
-
-    def finished(self, key: TrialKey) -> bool:
-        """Whether a run came to its end, or failed for good."""
-        return (self.run(key) / "summary.json").is_file() or self.failure(key).is_file()
 
 
 @contextmanager
@@ -138,28 +79,6 @@ def open_study(path: Path, spec: StudySpec) -> Iterator[tuple[StudyFolder, Study
             )
         _io.atomic_write_json(folder.declaration, spec.to_json())
         yield folder, spec
-
-
-def run_order(spec: StudySpec) -> list[TrialKey]:
-    """The runs in the order in which they are done.
-
-    Seed by seed; with every other seed the order of the arms is reversed, so that a machine that
-    becomes slower or faster meanwhile does so for all arms alike (A B, B A, ...). In the first
-    seed controls come after the arms that they depend on.
-
-    Example:
-        >>> from frostline.study.spec import arms_of
-        >>> spec = StudySpec({}, arms_of(["full", "linear-probe"]), (0, 1), "full")
-        >>> [f"{key.arm}/{key.seed}" for key in run_order(spec)]
-        ['full/0', 'linear-probe/0', 'linear-probe/1', 'full/1']
-    """
-    settled = [arm.name for arm in spec.arms if arm.control is None]
-    names = settled + [arm.name for arm in spec.arms if arm.control is not None]
-    return [
-        TrialKey(name, seed)
-        for turn, seed in enumerate(spec.seeds)
-        for name in (names if turn % 2 == 0 else reversed(names))
-    ]
 
 
 def run_study(
@@ -275,6 +194,9 @@ def run_once(
     if isolate:
         _run_apart(settings, tell)
     else:
+        # The process that only starts others does without the framework's memory.
+        from frostline.tasks.run import fit  # noqa: PLC0415
+
         fit(**settings, on_event=tell)
 
 

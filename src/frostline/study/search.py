@@ -23,10 +23,9 @@ from optuna.trial import TrialState
 from frostline.errors import ConfigError, TrainingError
 from frostline.records import RECORD_NAME, read_run
 from frostline.study.compare import declare
+from frostline.study.folder import StudyFolder, TrialKey
 from frostline.study.runner import (
     OnEvent,
-    StudyFolder,
-    TrialKey,
     note_failure,
     open_study,
     run_once,
