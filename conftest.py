@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -37,6 +38,9 @@ _place = tempfile.TemporaryDirectory(prefix="frostline-tests-")
 def pytest_configure() -> None:
     """Tests, and the processes they start, keep stored outputs in a folder of this run."""
     os.environ["FROSTLINE_CACHE"] = os.path.join(_place.name, "stores")
+    # A job in the background of a script is started deaf to Ctrl-C, which some tests send.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
