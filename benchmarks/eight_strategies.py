@@ -30,7 +30,7 @@ from frostline.study.search import sweep
 
 LOG, TABLE = RESULTS / "eight_strategies.json", RESULTS / "eight_strategies.md"
 ASKED = 2.0
-#: The cheap ones first: the first to come are hardly stopped.
+#: By pair.
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "flowers5-lite0": (
         "linear-probe", "first:groups=14", "first:groups=9", "auto", "lp-ft",

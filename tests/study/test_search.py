@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from faulty_disk import QuickDisk, use_disk
 from frostline.errors import ConfigError
-from frostline.records import read_run
+from frostline.records import RunRecord, read_run
 from frostline.study.search import rungs, sweep
 
 TINY: dict[str, Any] = {
@@ -69,20 +69,28 @@ def test_a_sweep_stops_most_and_runs_the_best_to_the_end(tmp_path: Path):
     best = max(row.val_accuracy or 0 for row in finished)
     assert found.rows[0].val_accuracy == best
     assert found.rows[0].policy in found.sentence
-    # Nobody who was stopped was among the best third of those before it at its rung.
-    trials = optuna.load_study(
-        study_name="sweep-1-3", storage=f"sqlite:///{tmp_path / 'sweep' / 'trials.db'}"
-    ).trials
-    for trial in trials:
-        if trial.state is optuna.trial.TrialState.PRUNED:
-            rung = max(trial.intermediate_values)
-            earlier = [
-                t.intermediate_values[rung]
-                for t in trials[: trial.number + 1]
-                if rung in t.intermediate_values
-            ]
-            better = sum(value > trial.intermediate_values[rung] for value in earlier)
-            assert better >= max(1, len(earlier) // 3)
+    # Of all that reached a rung the best third went past it, and nobody else.
+    runs = {row.arm: read_run(tmp_path / "sweep/runs" / row.arm / "seed-0") for row in found.rows}
+    for rung in (1, 3):
+        scores = {
+            arm: max((m["val_accuracy"], -m["val_loss"]) for m in _metrics(run)[:rung])
+            for arm, run in runs.items() if len(run.epochs) >= rung
+        }  # fmt: skip
+        best = sorted(scores, key=lambda arm: scores[arm])[-max(1, len(scores) // 3) :]
+        assert {arm for arm, run in runs.items() if len(run.epochs) > rung} == set(best)
+
+
+def _metrics(run: RunRecord) -> list[dict[str, float]]:
+    return [line["metrics"] for line in run.epochs]
+
+
+def test_the_order_of_policies_does_not_decide_who_is_stopped(tmp_path: Path):
+    one, other = (
+        {row.policy: (row.state, row.epochs, row.val_accuracy) for row in tiny(
+            tmp_path, policies, output=tmp_path / str(number) / "sweep").rows}
+        for number, policies in enumerate((POLICIES[:4], POLICIES[3::-1]))
+    )  # fmt: skip
+    assert one == other
 
 
 def test_a_sweep_goes_on_after_an_interrupt_and_takes_more_policies(tmp_path: Path):
@@ -116,7 +124,7 @@ def test_a_policy_that_diverges_is_last_and_not_tried_again(tmp_path: Path):
     for _ in range(2):
         found = sweep(
             "tiny_task:deep_linear_model", "tiny_task:tiny_data", {"wild": wild, "tame": "full"},
-            **TINY | {"epochs": 3, "lr": 1e-3}, isolate=False, output=tmp_path / "sweep",
+            **TINY | {"epochs": 3, "lr": 1e-3}, first=3, isolate=False, output=tmp_path / "sweep",
             on_event=note,
         )  # fmt: skip
         assert [row.arm for row in found.rows] == ["tame", "wild"]

@@ -37,7 +37,7 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
     given: Mapping[str, Any],
     *,
     policies: Annotated[
-        list[str], Parameter(help="Policies to try, the cheap ones first.", consume_multiple=True)
+        list[str], Parameter(help="Policies to try.", consume_multiple=True)
     ],
     output: Annotated[Path, Parameter(help="Folder of the sweep.")],
     over: Annotated[

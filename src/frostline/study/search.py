@@ -6,6 +6,10 @@ stopped can be gone on with. Halving over data trains anew at each rung, whole r
 samples: it does not mistake a slow start for a bad end, but says of few samples what may not hold
 for many. What comes out ranks policies by one seed; which of the best is better is for `compare` to
 say.
+
+All policies reach a rung before any goes past it. Optuna's own pruner decides as each comes along,
+which suits many workers; one after the other, the cheap and weak ones first, nearly all would be
+the best so far, and run to the end.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,6 +47,8 @@ _WHY = "why"
 #: What the rungs of a sweep are made of.
 Over = Literal["epochs", "data"]
 _FIRST_SAMPLES = 100
+#: Validation accuracy, and loss with the sign turned.
+_Score = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +154,9 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
 ) -> Sweep:
     """Try many policies on one seed, and stop early those that others leave behind.
 
-    Asynchronous successive halving: a policy goes on past a rung if it is in the best 1/factor of
-    those that have reached it so far. The first to come are hardly stopped, so policies that are
-    cheap belong first. The same call goes on where it was; with more policies it tries those, too.
+    Successive halving: all policies run to the first rung, the best 1/factor of them (at least
+    one) to the next, and so on. The same call goes on where it was; with more policies it tries
+    those, too, and goes on with stopped ones that are now among the best.
 
     Args:
         model: what to fine-tune, as `fit` takes it.
@@ -168,8 +174,8 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
         **settings: any field of `RunConfig` but policy, seed and output.
 
     References:
-        Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", MLSys
-        (arXiv:1810.05934), for the rule; Optuna's SuccessiveHalvingPruner applies it.
+        Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter
+        Optimization", AISTATS (arXiv:1502.07943), algorithm 1.
 
     Raises:
         ConfigError: unknown settings, or another sweep in the folder.
@@ -196,78 +202,124 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
             study_name=f"{path.resolve().name}-{first}-{factor}{suffix}",
             direction="maximize",
             load_if_exists=True,
-            pruner=optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=first, reduction_factor=factor
-            ),
         )
-        _enqueue(trials, [arm.name for arm in whole.arms])
-        while trials.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            trial = trials.ask()
-            key = TrialKey(trial.user_attrs[_ARM], seed)
-            say = _saying(whole, key, on_event)
-            state = _climb(folder, whole, key, steps, trial, over=over, isolate=isolate, say=say)
-            score = _score(folder.run(key)) if state is TrialState.COMPLETE else None
-            trials.tell(trial, score, state)
+        _Halving(folder, whole, trials, over, isolate, on_event).run(steps, factor)
         rows = _rows(trials, folder, whole, seed)
         samples = whole_run if over == "data" else max(row.samples for row in rows)
         return Sweep(path, rows, config.epochs, samples)
 
 
-def _saying(spec: StudySpec, key: TrialKey, tell: OnEvent | None) -> OnEvent:
-    """What passes the events of a run on, with its place in the sweep."""
-    place = [arm.name for arm in spec.arms].index(key.arm)
-    where = {"arm": key.arm, "seed": key.seed, "place": place + 1, "of": len(spec.arms)}
+@dataclass(slots=True)
+class _Halving:
+    """The policies of a sweep on their way from rung to rung.
 
-    def say(event: dict[str, Any]) -> None:
-        if tell is not None:
-            tell(event | where)
-
-    return say
-
-
-def _enqueue(trials: optuna.Study, arms: Sequence[str]) -> None:
-    """Queue the arms that are new, and those whose trial a killed process left unfinished."""
-    known: set[str] = set()
-    for trial in trials.get_trials(deepcopy=False):
-        if trial.state is TrialState.RUNNING:
-            trials.tell(trial.number, state=TrialState.FAIL)
-        elif trial.state is not TrialState.FAIL or _WHY in trial.user_attrs:
-            known.add(trial.user_attrs[_ARM])
-    for arm in arms:
-        if arm not in known:
-            trials.enqueue_trial({}, user_attrs={_ARM: arm})
-
-
-def _climb(
-    folder: StudyFolder,
-    spec: StudySpec,
-    key: TrialKey,
-    steps: Sequence[int],
-    trial: optuna.Trial,
-    *,
-    over: Over,
-    isolate: bool,
-    say: OnEvent,
-) -> TrialState:
-    """One policy from rung to rung, until it is stopped or done.
-
-    A rung over epochs is a pause of the one run; over data it is a run of its own.
+    Attributes:
+        folder: of the sweep.
+        spec: its policies and settings.
+        trials: where Optuna keeps them.
+        over: what the rungs are made of: over epochs a rung is a pause of the one run, over data
+            it is a run of its own.
+        isolate: whether each run has a process of its own.
+        tell: receives progress.
     """
-    for step in steps:
-        last = step == steps[-1]
-        part = over == "data" and not last
-        place = _part(folder, key, step) if part else folder.run(key)
-        settings = run_settings(spec, spec[key.arm], key.seed, place)
+
+    folder: StudyFolder
+    spec: StudySpec
+    trials: optuna.Study
+    over: Over
+    isolate: bool
+    tell: OnEvent | None
+    _live: dict[str, optuna.Trial] = field(init=False, default_factory=dict)
+    _ended: dict[str, optuna.trial.FrozenTrial] = field(init=False, default_factory=dict)
+
+    def run(self, steps: Sequence[int], factor: int) -> None:
+        """All policies to the first of these epochs (or samples), the best on to the next."""
+        for trial in self.trials.get_trials(deepcopy=False):
+            if trial.state is TrialState.RUNNING:  # of a killed process
+                self.trials.tell(trial.number, state=TrialState.FAIL)
+            elif trial.state is not TrialState.FAIL or _WHY in trial.user_attrs:
+                self._ended[trial.user_attrs[_ARM]] = trial
+        names = [arm.name for arm in self.spec.arms]
+        for step in steps:
+            found = {name: self._reach(name, step, last=step == steps[-1]) for name in names}
+            there = {name: score for name, score in found.items() if score is not None}
+            ranked = sorted(there, key=lambda name: there[name], reverse=True)
+            goes_on = [] if step == steps[-1] else ranked[: max(1, len(ranked) // factor)]
+            for name, score in there.items():
+                if name not in goes_on:
+                    self._end(name, score)
+            names = [name for name in names if name in goes_on]
+
+    def _key(self, name: str) -> TrialKey:
+        return TrialKey(name, self.spec.seeds[0])
+
+    def _reach(self, name: str, step: int, *, last: bool) -> _Score | None:
+        """What a policy scores at a rung, trained up to there if it is not; None if it failed."""
+        ended = self._ended.get(name)
+        if ended is not None and ended.state is TrialState.FAIL:
+            return None
+        key, part = self._key(name), self.over == "data" and not last
+        place = _part(self.folder, key, step) if part else self.folder.run(key)
+        most = None if part or last else step
+        if ended is not None and step in ended.intermediate_values:
+            return _score(place, most)
+        trial = self._live.get(name)
+        if trial is None:
+            trial = self._live[name] = self.trials.ask()
+            trial.set_user_attr(_ARM, name)
+            for earlier, score in ({} if ended is None else ended.intermediate_values).items():
+                trial.report(score, earlier)
+            self._ended.pop(name, None)
+        settings = run_settings(self.spec, self.spec[name], key.seed, place)
         if not last:
             settings["train_samples" if part else "pause_after"] = step
-        if not _trained(folder, key, settings, trial, isolate=isolate, say=say):
-            return TrialState.FAIL
-        trial.report(_score(place), step)
-        if last or (over == "epochs" and read_run(place).finished):  # patience may end it before
-            return TrialState.COMPLETE
-        if trial.should_prune():
-            return TrialState.PRUNED
-    raise AssertionError("the last rung ends the run")
+        if not self._trained(trial, key, settings):
+            return None
+        score = _score(place, most)
+        trial.report(score[0], step)
+        return score
+
+    def _trained(self, trial: optuna.Trial, key: TrialKey, settings: dict[str, Any]) -> bool:
+        """Run, or go on with a run; whether it got through. The trial keeps why not."""
+        if _has_run(Path(settings["output"]), settings.get("pause_after")):
+            return True
+        try:
+            run_once(settings, self._saying(key), isolate=self.isolate)
+        except TrainingError as error:
+            _log.warning("%s: %s", key.arm, error)
+            note_failure(self.folder, key, str(error))
+            trial.set_user_attr(_WHY, str(error))
+            self.trials.tell(trial, state=TrialState.FAIL)
+            return False
+        return True
+
+    def _end(self, name: str, score: _Score) -> None:
+        """A policy is stopped, or has come to its end."""
+        if (trial := self._live.pop(name, None)) is None:  # it was before
+            return
+        if _has_run(self.folder.run(self._key(name)), None):  # patience may end it early
+            self.trials.tell(trial, score[0])
+        else:
+            self.trials.tell(trial, state=TrialState.PRUNED)
+
+    def _saying(self, key: TrialKey) -> OnEvent:
+        """What passes the events of a run on, with its place in the sweep."""
+        place = [arm.name for arm in self.spec.arms].index(key.arm)
+        where = {"arm": key.arm, "seed": key.seed, "place": place + 1, "of": len(self.spec.arms)}
+
+        def say(event: dict[str, Any]) -> None:
+            if self.tell is not None:
+                self.tell(event | where)
+
+        return say
+
+
+def _has_run(run: Path, epochs: int | None) -> bool:
+    """Whether a run has so many epochs already; None: whether it is finished."""
+    if not (run / RECORD_NAME).is_file():
+        return False
+    record = read_run(run)
+    return record.finished or (epochs is not None and len(record.epochs) >= epochs)
 
 
 def _part(folder: StudyFolder, key: TrialKey, samples: int) -> Path:
@@ -275,30 +327,10 @@ def _part(folder: StudyFolder, key: TrialKey, samples: int) -> Path:
     return folder.run(key).with_name(f"seed-{key.seed}-samples-{samples}")
 
 
-def _trained(
-    folder: StudyFolder,
-    key: TrialKey,
-    settings: dict[str, Any],
-    trial: optuna.Trial,
-    *,
-    isolate: bool,
-    say: OnEvent,
-) -> bool:
-    """Run, or go on with a run; whether it got through. The trial keeps why not."""
-    try:
-        run_once(settings, say, isolate=isolate)
-    except TrainingError as error:
-        _log.warning("%s: %s", key.arm, error)
-        note_failure(folder, key, str(error))
-        trial.set_user_attr(_WHY, str(error))
-        return False
-    return True
-
-
-def _score(run: Path) -> float:
-    """The best validation accuracy so far."""
-    lines = read_run(run).epochs
-    return max(float(line["metrics"]["val_accuracy"]) for line in lines)
+def _score(run: Path, epochs: int | None = None) -> _Score:
+    """The best validation accuracy within so many epochs; of equal ones the loss decides."""
+    metrics = [line["metrics"] for line in read_run(run).epochs[:epochs]]
+    return max((float(m["val_accuracy"]), -float(m["val_loss"])) for m in metrics)
 
 
 def _rows(
@@ -323,7 +355,7 @@ def _rows(
                 state=names.get(states[arm.name], "failed"),
                 epochs=len(lines),
                 samples=sizes[-1],
-                val_accuracy=_score(records[-1].path) if lines else None,
+                val_accuracy=_score(records[-1].path)[0] if lines else None,
                 training_s=sum(float(line["costs"]["training_s"]) for line in ends),
                 work=sum(n * len(r.epochs) for n, r in zip(sizes, records, strict=True)),
             )
