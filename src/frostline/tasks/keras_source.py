@@ -32,17 +32,13 @@ import torch
 from torch import Tensor
 
 from frostline import _io
+from frostline.backends.keras.archive import MAX_JSON_BYTES, check_architecture, check_archive
 from frostline.errors import ModelError
 from frostline.tasks.built import Built, Kind
 from frostline.tasks.config import RunConfig
 from frostline.tasks.image import ImagePreparation, from_spec, pixel_spec
 from frostline.tasks.imports import need
-from frostline.tasks.keras_files import (
-    MAX_JSON_BYTES,
-    check_architecture,
-    check_archive,
-    read_h5_layers,
-)
+from frostline.tasks.keras_files import read_h5_layers
 from frostline.tasks.keras_pixels import (
     applications,
     pixels_of_application,
