@@ -32,6 +32,10 @@ POLICY = "gradual"  # one group deeper per epoch
 HOSTILE = "<script>alert(1)<|script>\x1b[31m"  # Keras allows no slash in a name
 
 
+#: Compiling takes long, and what is compiled is no matter of the record.
+later = pytest.mark.slow if keras.backend.backend() != "torch" else lambda test: test
+
+
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_io, "disk", QuickDisk())
@@ -107,6 +111,7 @@ def test_fit_is_recorded_as_frostline_records_its_own_runs(tmp_path: Path) -> No
     assert read_run(tmp_path).summary["test_accuracy"] == 0.5
 
 
+@later
 def test_the_commands_show_it_whatever_its_layers_are_called(tmp_path: Path, capsys) -> None:
     model, folder = network(HOSTILE), tmp_path / "run"
     measured = measure_costs(model, layer_groups(model), data()[0])
@@ -181,6 +186,7 @@ def test_a_killed_process_leaves_a_folder_that_can_be_read(tmp_path: Path) -> No
     assert numbers_of(read_runs([tmp_path])).arms[0].runs[0].epochs == 1
 
 
+@later
 def test_a_second_fit_goes_on_and_early_stopping_is_part_of_the_proof(tmp_path: Path) -> None:
     model, freezing = network(), FreezeCallback("linear-probe")
     record = RecordCallback(tmp_path, freezing)
@@ -197,6 +203,7 @@ def test_a_second_fit_goes_on_and_early_stopping_is_part_of_the_proof(tmp_path: 
     assert [line["kind"] for line in lines(tmp_path)].count("end") == 1
 
 
+@later
 def test_a_cached_fit_is_recorded_with_what_the_cache_did(tmp_path: Path) -> None:
     model, freezing = network(), FreezeCallback("linear-probe")
     record = RecordCallback(tmp_path / "run", freezing)
@@ -214,6 +221,7 @@ def test_a_cached_fit_is_recorded_with_what_the_cache_did(tmp_path: Path) -> Non
     assert detail.time_s["cache"] > 0
 
 
+@later
 def test_any_order_of_the_callbacks_records_the_same(tmp_path: Path) -> None:
     recorded(tmp_path / "one")
     model, freezing = network(), FreezeCallback(POLICY)

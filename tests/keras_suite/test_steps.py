@@ -102,7 +102,7 @@ def test_no_step_runs_the_program_of_another_plan(policy: Policy) -> None:
     ends = []
     for options in ({}, {"run_eagerly": True}):
         model = alike(**options)
-        history = fit(model, 6, FreezeCallback(policy)).history
+        history = fit(model, 4, FreezeCallback(policy)).history
         x, y = batch(77, 8)
         found = {n: array_of(v) for n, v in tensors(model).items()}
         found |= {f"slot {v.path}": array_of(v) for v in model.optimizer.variables}
