@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from faulty_disk import QuickDisk, use_disk
@@ -62,16 +63,16 @@ class Loop:
         return json.loads(json.dumps(self.driver.state())), self.case
 
     @classmethod
-    def resumed(cls, saved: Any) -> Loop:
+    def resumed(cls, saved: Any, policy: str = POLICY) -> Loop:
         state, case = saved
-        loop = cls()
+        loop = cls(policy)
         copy_into(loop.case, case)
         loop.driver.restore(state)
         return loop
 
 
-def _whole(folder: Path, **more: Any) -> Path:
-    loop = Loop()
+def _whole(folder: Path, policy: str = POLICY, **more: Any) -> Path:
+    loop = Loop(policy)
     with record(loop.driver, folder, **more) as run:
         loop.epochs(run, EPOCHS)
     return folder
@@ -173,11 +174,14 @@ def test_a_diagnosis_says_why_there_is_none(tmp_path: Path):
 # -- interruptions -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("policy", [POLICY, "gradual:every=4st"])
 @pytest.mark.parametrize("lost", [0, 1, STEPS])
-def test_a_resumed_run_records_what_the_uninterrupted_one_does(tmp_path: Path, lost: int):
+def test_a_resumed_run_records_what_the_uninterrupted_one_does(
+    tmp_path: Path, lost: int, policy: str
+):
     """Lines of work that was lost are dropped and written again."""
-    whole = _whole(tmp_path / "whole")
-    loop = Loop()
+    whole = _whole(tmp_path / "whole", policy)
+    loop = Loop(policy)
     with contextlib.suppress(Gone), record(loop.driver, tmp_path / "broken") as run:
         loop.epochs(run, 2)
         saved = loop.save()
@@ -193,7 +197,7 @@ def test_a_resumed_run_records_what_the_uninterrupted_one_does(tmp_path: Path, l
     found = read_run(tmp_path / "broken")
     assert not found.finished
     assert len(found.epochs) == 2 + (lost == STEPS)
-    again = Loop.resumed(saved)
+    again = Loop.resumed(saved, policy)
     with record(again.driver, tmp_path / "broken") as run:
         assert run.epochs == 2
         again.epochs(run, EPOCHS - 2)
@@ -211,6 +215,21 @@ def test_without_a_checkpoint_an_unfinished_run_starts_over(tmp_path: Path):
         assert run.epochs == 0
         loop.epochs(run, EPOCHS)
     assert _lines(tmp_path) == _lines(_whole(tmp_path / "whole"))
+
+
+def test_starting_over_may_decide_otherwise(tmp_path: Path):
+    """Weights that were drawn anew have other spectra; the driver may have started before."""
+    for seed, ends in ((0, False), (1, True)):
+        loop, source = Loop("spectrum:share=0.5"), np.random.default_rng(seed)
+        for array in loop.case.net.parameters.values():
+            array[...] = source.normal(size=array.shape)
+        loop.driver.start()
+        with contextlib.suppress(Gone), record(loop.driver, tmp_path) as run:
+            loop.epochs(run, 1)
+            if not ends:
+                raise Gone
+    assert read_run(tmp_path).finished
+    assert read_run(tmp_path).decisions == tuple(loop.driver.decisions)
 
 
 def _killed(work: Callable[[], None]) -> None:
