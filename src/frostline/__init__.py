@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from frostline.backends.torch.measure import measure_costs
     from frostline.backends.torch.optimizer import parameter_groups
     from frostline.frontier.cache import FrontierCache
+    from frostline.integrations.recording import record
     from frostline.integrations.tracking import track
     from frostline.study.choose import Choice, choose
     from frostline.study.compare import Study, compare
@@ -51,6 +52,7 @@ _LAZY = {
     "load_checkpoint": "frostline.backends.torch.checkpoint",
     "measure_costs": "frostline.backends.torch.measure",
     "parameter_groups": "frostline.backends.torch.optimizer",
+    "record": "frostline.integrations.recording",
     "save_checkpoint": "frostline.backends.torch.checkpoint",
     "torch_driver": "frostline.backends.torch.freeze",
     "track": "frostline.integrations.tracking",
@@ -92,6 +94,7 @@ __all__ = [
     "make_policy",
     "measure_costs",
     "parameter_groups",
+    "record",
     "save_checkpoint",
     "select",
     "torch_driver",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from frostline.errors import (
     few,
 )
 from frostline.gauges import Gauges
+from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policy import Decision, Event, EventKind, Policy, State, read_metric
 from frostline.signals import SIGNALS, Array
@@ -69,6 +70,46 @@ class Certificate:
 
     holds: tuple[Hold, ...] = ()
     check_s: float = 0.0
+
+    def covers(self, decisions: Sequence[Decision], groups: LayerGroups, *, end: int) -> bool:
+        """Whether every tensor that a plan froze was held for as long as the plan was in force.
+
+        Spans that follow each other without an update between them count as one: weights may be
+        written back in between, as by early stopping.
+
+        Args:
+            decisions: every change of plan of the run, the first one included.
+            groups: the layer groups.
+            end: updates of the run.
+
+        Example:
+            >>> from frostline.groups import LayerGroup, TensorInfo
+            >>> groups = LayerGroups((LayerGroup("body", 0, (TensorInfo("body.w", (1,)),)),))
+            >>> frozen = [Decision(0, FreezePlan(frozen=frozenset({"body"})))]
+            >>> halves = (Hold("body.w", "ab", 0, 4), Hold("body.w", "cd", 4, 8))
+            >>> Certificate(halves).covers(frozen, groups, end=8)
+            True
+            >>> Certificate(halves[:1]).covers(frozen, groups, end=8)
+            False
+        """
+        spans = self._joined()
+        ends = [*(decision.step for decision in decisions[1:]), end]
+        return all(
+            any(begin <= decision.step and until <= stop for begin, stop in spans.get(name, ()))
+            for decision, until in zip(decisions, ends, strict=True)
+            for name in decision.plan.held_tensors(groups)
+        )
+
+    def _joined(self) -> dict[str, list[tuple[int, int]]]:
+        """By tensor the spans in which it was held, those that touch made one."""
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for hold in sorted(self.holds, key=lambda h: (h.from_step, h.to_step)):
+            found = spans.setdefault(hold.tensor, [])
+            if found and found[-1][1] == hold.from_step:
+                found[-1] = found[-1][0], hold.to_step
+            else:
+                found.append((hold.from_step, hold.to_step))
+        return spans
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain JSON, without the time."""

@@ -8,6 +8,7 @@ records that are equal without it.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from frostline._io import JsonLines, read_lines
+from frostline._io import JsonLines, atomic_write_bytes, canonical_json, read_lines
 from frostline._version import __version__
 from frostline.driver import Certificate
 from frostline.errors import DamagedFile, DataError
@@ -32,6 +33,7 @@ __all__ = [
     "comparison_table",
     "read_run",
     "without_costs",
+    "write_certificate",
 ]
 
 RECORD_NAME = "record.jsonl"
@@ -249,6 +251,21 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     """A key by which numbers in names are compared as numbers."""
     parts = re.split(r"([0-9]+)", name)
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+
+
+def write_certificate(path: Path, certificate: Certificate) -> str:
+    """Write the proof of freezing in full, whole or not at all; the SHA-256 of the file.
+
+    Args:
+        path: of the file, `certificate.json` in the folder of a run.
+        certificate: the proof.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    text = canonical_json({"format": 1, "holds": certificate.to_json()}) + b"\n"
+    atomic_write_bytes(path, text)
+    return hashlib.sha256(text).hexdigest()
 
 
 def without_costs(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from frostline.cli.app import app
 from frostline.cli.flags import overrides
+from frostline.records import read_run
 from frostline.registry import make_policy
 from frostline.tasks.config import load_config
 
@@ -104,6 +105,14 @@ def test_the_page_of_following_a_run_runs(capsys):
     (code,) = _blocks(ROOT / "docs/live.md", "python")
     exec(code, {})  # noqa: S102  our own page
     assert "loss" in capsys.readouterr().out
+
+
+def test_the_loop_of_the_page_of_reports_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = _blocks(ROOT / "docs/report.md", "python")
+    exec(code, {})  # noqa: S102  our own page
+    assert read_run("runs/mine").finished
+    assert len(read_run("runs/mine").epochs) == 2
 
 
 #: What the first example of a page names and a test cannot have, and what stands in for it.

@@ -25,7 +25,8 @@ else:
 
 #: What takes long where Keras compiles, and is much the same there: fast on torch alone.
 LONG_WHERE_COMPILED = {
-    "test_checkpoint", "test_docs", "test_frontier_zoo", "test_grouping", "test_measure",
+    "test_checkpoint", "test_crash", "test_docs", "test_frontier_zoo", "test_grouping",
+    "test_keras_hub", "test_measure",
     "test_model_file", "test_plain_keras", "test_policies_on_keras",
 }  # fmt: skip
 

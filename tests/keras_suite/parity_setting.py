@@ -40,6 +40,7 @@ POLICIES = (
     "grades:tau=0.9,every=2st,start=20%",
     "egeria:tolerance=2,window=2,every=2st",
     "fim",
+    "spectrum:share=0.7",
     "apf:threshold=0.9,crowded=0,every=2st",
 )
 

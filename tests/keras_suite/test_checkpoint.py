@@ -136,6 +136,16 @@ def test_a_run_resumed_at_an_epoch_equals_the_uninterrupted_one(
     assert {k: v[2:] for k, v in history.items()} == rest
 
 
+def test_a_run_taken_up_after_its_last_epoch_completes_its_proof(tmp_path: Path) -> None:
+    whole = Run("linear-probe")
+    whole.fit(CheckpointCallback(tmp_path, whole.freezing), epochs=2)
+    again = Run("linear-probe")
+    assert load_checkpoint(tmp_path, again.model, again.freezing) == {"epoch": 2}
+    again.fit(epochs=2, first=2)
+    assert again.freezing.certificate.to_json() == whole.freezing.certificate.to_json()
+    assert again.evidence() == whole.evidence()
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_slot_comes_back(tmp_path: Path, name: str) -> None:
     policy, make = "gradual:every=4st", OPTIMIZERS[name]

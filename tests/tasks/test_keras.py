@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 _CHOSEN_BY_US = """
 import os, sys
-from frostline.tasks.keras_source import load_keras
+from frostline.tasks.keras_setup import load_keras
 assert "keras" not in sys.modules
 assert load_keras().config.backend() == "torch"
 assert os.environ["KERAS_BACKEND"] == "tensorflow", "the caller's own choice is left as it was"
@@ -20,7 +20,7 @@ assert os.environ["KERAS_BACKEND"] == "tensorflow", "the caller's own choice is 
 _TOO_LATE = """
 import keras
 from frostline.errors import ModelError
-from frostline.tasks.keras_source import load_keras
+from frostline.tasks.keras_setup import load_keras
 try:
     load_keras()
 except ModelError as error:

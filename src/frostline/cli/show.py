@@ -41,7 +41,8 @@ def show(
     _say(_tiles(numbers))
     for detail in numbers.details:
         _show_detail(detail, decisions)
-    _say(["", "to do it again:", *(f"  {line}" for line in numbers.repeat.commands)])
+    again = [*numbers.repeat.commands, *numbers.repeat.notes]
+    _say(["", "to do it again:", *(f"  {line}" for line in again)])
 
 
 def _show_detail(detail: RunDetail, decisions: int) -> None:

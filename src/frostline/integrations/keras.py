@@ -23,7 +23,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ from frostline.backends.keras.optimizer import innermost
 from frostline.cost import plan_line
 from frostline.driver import Certificate, Driver
 from frostline.errors import BackendError, PolicyError
+from frostline.frontier.report import CacheReport
 from frostline.groups import LayerGroups
+from frostline.integrations.recording import About, Recording
 from frostline.plan import FreezePlan
 from frostline.policy import Decision, Policy
 from frostline.registry import make_policy
 
-__all__ = ["CheckpointCallback", "FreezeCallback", "SwitchCosts"]
+__all__ = ["CheckpointCallback", "FreezeCallback", "RecordCallback", "SwitchCosts"]
 
 _log = logging.getLogger("frostline")
 #: So many changes of plan are seen before their price is judged.
@@ -303,6 +305,9 @@ class FreezeCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Check everything that is frozen, and complete the proof."""
         del logs
+        if not self._begun:  # a run taken up after its last epoch
+            self._begin(self._known.get("epochs", 0))
+            self._begun, self._resumed = True, None
         self._trained.__dict__.pop("set_weights", None)
         self._running.finish()
 
@@ -505,6 +510,150 @@ class CheckpointCallback(keras.callbacks.Callback):
             save_checkpoint(self.folder, self.model, self.freezing, extra=extra, keep=self.keep)
 
 
+class RecordCallback(keras.callbacks.Callback):
+    """Records a `fit` under a `FreezeCallback` in a folder, as `frostline fit` records its runs.
+
+    `frostline show`, `report`, `runs` and `watch` read the folder, also while the run goes on:
+    settings, layer groups, decisions with reasons and signals, metrics and costs of each epoch,
+    the proof. A killed run leaves it readable. With `load_checkpoint` before `fit`, and this
+    callback before `CheckpointCallback` in the list, a resumed run goes on in it.
+
+    Metrics are those that Keras logs. Reports draw "val_accuracy"; a single metric of another
+    name that ends in "_accuracy" is recorded under that name, too.
+
+    Args:
+        folder: of the run; made if need be.
+        freezing: the callback of the run.
+        data: name of the data, for people.
+        settings: plain JSON, e.g. ``{"seed": 0, "lr": 1e-3}``; reports tell runs apart by it, and
+            a run is gone on with only under the same.
+        fresh: move an earlier run in the folder aside.
+
+    Raises:
+        ConfigError: settings that cannot be recorded; in `fit`, another run is in the folder.
+        StorageError: in `fit`, another process records there, or a file cannot be written.
+        BackendError: in `fit`, the `FreezeCallback` is not among its callbacks.
+
+    Example:
+        >>> import tempfile
+        >>> from frostline.records import read_run
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, name="body"),
+        ...                           keras.layers.Dense(2, name="head")])
+        >>> model.compile("sgd", "mse")
+        >>> freezing, folder = FreezeCallback("gradual:every=1ep"), tempfile.mkdtemp()
+        >>> callbacks = [freezing, RecordCallback(folder, freezing)]
+        >>> data = np.ones((8, 4), "float32"), np.ones((8, 2), "float32")
+        >>> _ = model.fit(*data, batch_size=4, epochs=2, verbose=0, callbacks=callbacks)
+        >>> run = read_run(folder)
+        >>> run.finished, len(run.epochs), [d.step for d in run.decisions]
+        (True, 2, [0, 2])
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        freezing: FreezeCallback,
+        *,
+        data: str = "own data",
+        settings: Mapping[str, Any] | None = None,
+        fresh: bool = False,
+    ) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.freezing = freezing
+        self._about = About(data=data, settings=dict(settings or {}), loop="model.fit of Keras")
+        self._fresh = fresh
+        self._recording: Recording | None = None
+        self._epoch = 0  # complete, as `fit` counts them
+        self._attached = False  # in the present `fit`
+
+    def tested(self, metrics: Mapping[str, float]) -> None:
+        """Add what the model reached on test data, e.g. `model.evaluate(..., return_dict=True)`.
+
+        Raises:
+            BackendError: there was no `fit` yet.
+        """
+        self._made.tested(_with_accuracy({f"test_{n}": v for n, v in metrics.items()}))
+
+    def cached(self, report: CacheReport) -> None:
+        """Add what the cache did: the `report` that `frostline.frontier.keras.fit` gives back.
+
+        Raises:
+            BackendError: there was no `fit` yet.
+        """
+        self._made.cached(report)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """What is charged to the run begins here."""
+        del logs
+        self._attached = False
+        if self._recording is None:
+            model = "" if self.model is None else self.model.name
+            about = replace(self._about, model=model)
+            self._recording = Recording(self.folder, about, fresh=self._fresh)
+        self._recording.start_clock()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Know which epoch it is."""
+        del logs
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Open the record at the first batch, when the run has begun; write what was decided."""
+        del batch, logs
+        self._followed()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Write its metrics and costs."""
+        found = _with_accuracy(
+            {n: v for n, v in _metrics(logs or {}).items() if n.startswith(("train_", "val_"))}
+        )
+        recording = self._followed()
+        recording.epoch(found, number=max(epoch, recording.epochs) + 1)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Write the proof and the summary."""
+        del logs
+        self._followed().finish()
+
+    @property
+    def _made(self) -> Recording:
+        if self._recording is None:
+            raise self._outside("no fit that it recorded")
+        return self._recording
+
+    def _followed(self) -> Recording:
+        """The record, up to what the driver did."""
+        recording, driver = self._recording, self.freezing.driver
+        if recording is None or driver is None or self.freezing.model is not self.model:
+            raise self._outside("its FreezeCallback not among the callbacks of this fit")
+        if self._attached:
+            recording.follow(driver)
+        else:
+            # A fit that counts from 0 says nothing of epochs before it.
+            recording.attach(driver, epochs=self._epoch or None, config=self._config())
+            self._attached = True
+        return recording
+
+    def _config(self) -> dict[str, Any]:
+        """What `fit` and `compile` were told, as far as Keras knows it."""
+        known, optimizer = self.params or {}, getattr(self.model, "optimizer", None)
+        return {
+            "epochs": known.get("epochs"),
+            "steps_per_epoch": known.get("steps"),
+            "optimizer": type(optimizer).__name__,
+            "learning_rate": None if optimizer is None else to_number(optimizer.learning_rate),
+            "keras_backend": keras.backend.backend(),
+        }
+
+    def _outside(self, found: str) -> BackendError:
+        return BackendError(
+            f"record in {self.folder}",
+            found=found,
+            fix="model.fit(callbacks=[freezing, RecordCallback(folder, freezing)])",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Resumed:
     """What a checkpoint gives a callback for the next `fit`.
@@ -568,3 +717,20 @@ def _metrics(logs: Mapping[str, Any]) -> dict[str, float]:
     found = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
     train = {f"train_{n}": v for n, v in found.items() if not n.startswith("val_")}
     return train | found
+
+
+def _with_accuracy(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics, with the one accuracy of each side under its plain name, too.
+
+    Example:
+        >>> _with_accuracy({"val_loss": 1.0, "val_binary_accuracy": 0.5})["val_accuracy"]
+        0.5
+    """
+    found = dict(metrics)
+    for side in ("train_", "val_", "test_"):
+        plain = f"{side}accuracy"
+        others = [n for n in metrics if n.startswith(side) and n.endswith("_accuracy")]
+        others = [n for n in others if "top_k" not in n]
+        if plain not in found and len(others) == 1:
+            found[plain] = float(metrics[others[0]])
+    return found

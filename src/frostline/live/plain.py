@@ -12,6 +12,7 @@ from frostline.records import RunRecord, read_run
 __all__ = ["render"]
 
 _EPOCH = ("epoch", "update", "train loss", "val loss", "val accuracy", "saved (predicted)")
+_METRICS = ("train_loss", "val_loss", "val_accuracy")
 
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Frostline</title><style>
@@ -41,8 +42,9 @@ def _run(record: RunRecord) -> str:
     title = f"{record.path.name}: {config['model']}, {config['policy']}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if record.summary:
-        accuracy = float(record.summary["test_accuracy"])
-        parts.append(f"<p>finished, test accuracy {100 * accuracy:.1f} %</p>")
+        tested = record.summary.get("test_accuracy")
+        said = "" if tested is None else f", test accuracy {100 * float(tested):.1f} %"
+        parts.append(f"<p>finished{said}</p>")
     parts.append(_table(_EPOCH, (_epoch(line) for line in record.epochs)))
     frozen = (
         (decision.step, len(decision.plan.frozen), decision.plan.reason)
@@ -53,13 +55,14 @@ def _run(record: RunRecord) -> str:
 
 
 def _epoch(line: Mapping[str, Any]) -> tuple[object, ...]:
-    metrics, saved = line["metrics"], line["costs"].get("saved_predicted_s")
+    saved = line["costs"].get("saved_predicted_s")
+    train, val, accuracy = (line["metrics"].get(name) for name in _METRICS)
     return (
         line["epoch"],
         line["step"],
-        f"{float(metrics['train_loss']):.4f}",
-        f"{float(metrics['val_loss']):.4f}",
-        f"{100 * float(metrics['val_accuracy']):.1f} %",
+        "" if train is None else f"{float(train):.4f}",
+        "" if val is None else f"{float(val):.4f}",
+        "" if accuracy is None else f"{100 * float(accuracy):.1f} %",
         "" if saved is None else f"{saved:.1f} s",
     )
 

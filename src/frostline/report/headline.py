@@ -166,7 +166,8 @@ def _tiles(runs: Runs, best: ArmResult, base: ArmResult | None) -> list[Tile]:
 def _quality(arm: ArmResult) -> Tile:
     values = arm.values("val_accuracy")
     if not values:
-        return Tile("validation accuracy", "not yet", arm.name)
+        ended = all(run.finished for run in arm.runs)
+        return Tile("validation accuracy", "not measured" if ended else "not yet", arm.name)
     spread = (
         f"{100 * min(values):.1f} to {100 * max(values):.1f} % over {len(values)} seeds"
         if len(values) > 1

@@ -15,6 +15,8 @@ __all__ = ["Repeat", "fit_command", "repeat"]
 #: Settings of the machine rather than of the run; where its folders are is nobody's business.
 _LEFT_OUT = {"output", "cache_dir", "model", "data", "policy"}
 _OF_A_STUDY = {"seed"}
+#: What a record tells of the machine and the libraries.
+_VERSIONS = ("python", "torch", "keras", "tensorflow", "jax", "device", "machine", "threads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,13 @@ class Repeat:
 def repeat(runs: Runs) -> Repeat:
     """How to do these runs again."""
     if runs.comparison is None:
-        commands = dict.fromkeys(fit_command(run.record.header["asked"]) for run in runs.runs)
-        notes: tuple[str, ...] = ()
+        headers = [run.record.header for run in runs.runs]
+        commands = dict.fromkeys(fit_command(h["asked"]) for h in headers if "loop" not in h)
+        notes = tuple(
+            f"{run.name} was recorded in {run.record.header['loop']}: run that program again"
+            for run in runs.runs
+            if "loop" in run.record.header
+        )
     else:
         command, notes = _compare_command(runs)
         commands = {command: None}
@@ -122,7 +129,7 @@ def _versions(runs: Sequence[ReportRun]) -> dict[str, str]:
         header = run.record.header
         costs: Mapping[str, Any] = header.get("costs", {})
         values = {"frostline": header.get("frostline")} | {
-            name: costs.get(name) for name in ("python", "torch", "device", "machine", "threads")
+            name: costs.get(name) for name in _VERSIONS
         }
         for name, value in values.items():
             if value is not None:

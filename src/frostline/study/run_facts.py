@@ -161,8 +161,15 @@ def read_facts(record: RunRecord) -> RunFacts:
         record: of a run, finished or not. Why it failed is read from what a study noted beside it.
 
     Raises:
-        DataError: it has no finished epoch, and no reason for that; or settings of another version.
+        DataError: it has no finished epoch, and no reason for that; settings of another version; or
+            it was recorded in a loop of the user's.
     """
+    if loop := record.header.get("loop"):
+        raise DataError(
+            f"diagnose {record.path}",
+            found=f"a run recorded in {loop}, whose data and rates are not known",
+            fix="a run of frostline fit; frostline show and report read this one",
+        )
     failure = record.path.with_name(f"{record.path.name}.failed.json")
     why = str(_io.load_json(failure)["why"]) if failure.is_file() else ""
     if not record.epochs and not why:

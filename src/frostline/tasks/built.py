@@ -9,12 +9,12 @@ from typing import Any, Literal
 from torch import nn
 
 from frostline.tasks.image import ImagePreparation
-from frostline.tasks.text import EncodedTextPreparation, TextPreparation
+from frostline.tasks.text import EncodedTextPreparation, PresetPreparation, TextPreparation
 
 __all__ = ["Built", "Kind", "Preparation"]
 
 Kind = Literal["image", "text"]
-Preparation = ImagePreparation | TextPreparation | EncodedTextPreparation
+Preparation = ImagePreparation | TextPreparation | EncodedTextPreparation | PresetPreparation
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from frostline.frontier.identity import fingerprint
 from frostline.frontier.library import Library
 from frostline.tasks.image import ImagePreparation
 from frostline.tasks.task import Batch, Split, Task
-from frostline.tasks.text import TextPreparation
+from frostline.tasks.text import PresetPreparation, TextPreparation
 
 __all__ = ["RunCache", "SplitSource", "build_cache"]
 
@@ -223,6 +223,8 @@ def _preparation(task: Task, *, augmented: bool) -> Any:
         told = None if backend is None else backend.to_str()
         settings = [preparation.tokenizer.padding_side, preparation.max_length, told]
         return {"text": settings, "order": "length"} if told is not None else None
+    elif isinstance(preparation, PresetPreparation):
+        return {"preset": [preparation.digest, preparation.max_length]}
     else:
         what = preparation.transform
     found = fingerprint(what).digest

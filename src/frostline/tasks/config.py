@@ -79,8 +79,8 @@ class RunConfig(BaseModel):
     model: str = Field(
         min_length=1,
         description="What to fine-tune: 'timm:NAME', 'torchvision:NAME', 'hf:NAME_OR_DIR', "
-        "'keras:NAME' (of keras.applications), a .keras file, or 'package.module:callable' (called "
-        "with num_classes=N).",
+        "'keras:NAME' (of keras.applications), 'keras:FOLDER' (a KerasHub preset, texts), a .keras "
+        "file, or 'package.module:callable' (called with num_classes=N).",
     )
     data: str = Field(
         min_length=1,

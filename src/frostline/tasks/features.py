@@ -682,7 +682,7 @@ def _mask(batch: Batch) -> Tensor | None:
     """The attention mask of a call (N, L), where it has one."""
     if isinstance(batch.inputs, tuple):
         return None
-    found = batch.inputs.get("attention_mask")
+    found = batch.inputs.get("attention_mask", batch.inputs.get("padding_mask"))  # KerasHub's
     return found if isinstance(found, Tensor) else None
 
 

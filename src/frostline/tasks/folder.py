@@ -20,7 +20,15 @@ from frostline.errors import ConfigError, FrostlineError, StorageError
 from frostline.records import PROBES_NAME, RECORD_NAME, read_run
 from frostline.tasks.config import RunConfig
 
-__all__ = ["RunFolder", "asked_settings", "claim", "log_to"]
+__all__ = [
+    "RunFolder",
+    "asked_settings",
+    "check_same",
+    "claim",
+    "locked",
+    "log_to",
+    "move_aside",
+]
 
 _log = logging.getLogger("frostline")
 #: Settings that change where and how a run is done, not what comes out.
@@ -164,9 +172,9 @@ def claim(config: RunConfig, *, fresh: bool) -> Iterator[RunFolder]:
         else:
             folder = RunFolder(Path(config.output))
             if fresh:
-                _move_aside(folder)
+                move_aside(folder)
             _io.make_folder(folder.path)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
             _check_fits(folder, config)
         yield folder
 
@@ -184,7 +192,20 @@ def _check_fits(folder: RunFolder, config: RunConfig) -> None:
                 fix="choose a new or empty folder",
             )
         return
-    wanted = asked_settings(config)
+    check_same(folder, asked_settings(config), there)
+
+
+def check_same(folder: RunFolder, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Raise unless the run in the folder was asked for with these settings.
+
+    Args:
+        folder: of the run.
+        wanted: settings now, plain JSON.
+        there: settings as the record has them.
+
+    Raises:
+        ConfigError: some differ.
+    """
     if other := sorted(key for key in wanted if wanted[key] != there.get(key)):
         key = other[0]
         raise ConfigError(
@@ -215,7 +236,7 @@ def _numbered(config: RunConfig, stack: contextlib.ExitStack, *, fresh: bool) ->
                 raise
             number += 1
             continue
-        stack.enter_context(_locked(folder))
+        stack.enter_context(locked(folder))
         return folder
 
 
@@ -234,7 +255,7 @@ def _resumable(
     try:
         if folder.asked() != asked_settings(config):
             return None
-        stack.enter_context(_locked(folder))
+        stack.enter_context(locked(folder))
     except StorageError as error:
         _log.info("not going on in %s: %s", folder.path, error.found)
         return None
@@ -248,11 +269,11 @@ def _name(config: RunConfig) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{model}-{policy}").strip("-.")[:80] or "run"
 
 
-def _move_aside(folder: RunFolder) -> None:
+def move_aside(folder: RunFolder) -> None:
     """Give an old run another name: nothing is ever overwritten."""
     if not os.path.lexists(folder.path) or not any(folder.path.iterdir()):
         return
-    with _locked(folder):
+    with locked(folder):
         number = 1
         while os.path.lexists(
             aside := folder.path.with_name(f"{folder.path.name}.old-{number:03d}")
@@ -267,7 +288,7 @@ def _move_aside(folder: RunFolder) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: RunFolder) -> Iterator[None]:
+def locked(folder: RunFolder) -> Iterator[None]:
     """Hold the folder's lock; the kernel frees it however this process ends."""
     lock = filelock.FileLock(folder.lock, thread_local=False, fallback_to_soft=False)
     with _io.storage_errors(f"lock {folder.path}"):

@@ -35,6 +35,12 @@ def export_keras(model: nn.Module, path: Path, *, overwrite: bool = False) -> di
             found=f"a {type(model).__name__}, which is no Keras model",
             fix="a run with a model 'keras:NAME' or of a .keras file",
         )
+    if not hasattr(model, "channels"):
+        raise ModelError(
+            f"write {path}",
+            found="a text model of KerasHub, which is more than its layers: its tokenizer, too",
+            fix="load the run with frostline.load, which tokenizes",
+        )
     if path.suffix != ".keras":
         raise ModelError(f"write {path}", found="another ending", fix=f"{path.stem}.keras")
     if path.exists() and not overwrite:

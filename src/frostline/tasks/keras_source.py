@@ -1,5 +1,7 @@
 """Models of Keras: ``keras:NAME`` of `keras.applications`, or the path of a ``.keras`` file.
 
+``keras:FOLDER`` of texts is a preset of KerasHub: `frostline.tasks.keras_presets`.
+
 They run on Keras's torch backend as torch modules (`frostline.backends.keras.torch_module`), so all
 that works on those works here. Options of a name follow it, each after a colon:
 ``keras:MobileNet:alpha=0.25``.
@@ -16,15 +18,12 @@ import hashlib
 import inspect
 import json
 import logging
-import os
-import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,28 +31,25 @@ import torch
 from torch import Tensor
 
 from frostline import _io
+from frostline.backends.keras.archive import MAX_JSON_BYTES, check_architecture, check_archive
 from frostline.errors import ModelError
+from frostline.tasks import keras_presets
 from frostline.tasks.built import Built, Kind
 from frostline.tasks.config import RunConfig
 from frostline.tasks.image import ImagePreparation, from_spec, pixel_spec
-from frostline.tasks.imports import need
-from frostline.tasks.keras_files import (
-    MAX_JSON_BYTES,
-    check_architecture,
-    check_archive,
-    read_h5_layers,
-)
+from frostline.tasks.keras_files import read_h5_layers
 from frostline.tasks.keras_pixels import (
     applications,
     pixels_of_application,
     pixels_of_file,
 )
+from frostline.tasks.keras_setup import load_keras, settle_names, settled
 from frostline.tasks.weights import load_into, read_weights
 
 if TYPE_CHECKING:
     from frostline.backends.keras.torch_module import KerasClassifier
 
-__all__ = ["build", "load_keras", "rebuild"]
+__all__ = ["build", "rebuild"]
 
 _log = logging.getLogger(__name__)
 ARCHITECTURE_FILE = "architecture.json"
@@ -79,36 +75,6 @@ _OFFLINE = (
 )
 
 
-def load_keras() -> ModuleType:
-    """Keras on its torch backend.
-
-    The backend is chosen when Keras is imported, once per process.
-
-    Raises:
-        ModelError: Keras was imported with another backend.
-        MissingExtra: it is not installed.
-    """
-    if "keras" not in sys.modules:
-        before = os.environ.get("KERAS_BACKEND")
-        os.environ["KERAS_BACKEND"] = "torch"
-        try:
-            need("keras", extra="keras")
-        finally:
-            if before is None:
-                del os.environ["KERAS_BACKEND"]
-            else:
-                os.environ["KERAS_BACKEND"] = before
-    keras = need("keras", extra="keras")
-    if keras.config.backend() != "torch":
-        raise ModelError(
-            "run a Keras model as a torch module",
-            found=f"Keras imported with the backend {keras.config.backend()!r} in this process",
-            fix="KERAS_BACKEND=torch before the first import of keras, or another process; on "
-            "other backends use frostline.integrations.keras",
-        )
-    return keras
-
-
 def build(name: str, *, config: RunConfig, labels: tuple[str, ...], kind: Kind) -> Built:
     """A Keras model with one output per label.
 
@@ -116,19 +82,22 @@ def build(name: str, *, config: RunConfig, labels: tuple[str, ...], kind: Kind) 
         name: of an application, with options, or path of a ``.keras`` file.
         config: its `weights` are 'pretrained' (of a file: its own), 'random', or a file.
         labels: class names.
-        kind: "image".
+        kind: "image", or "text" for the folder of a preset.
 
     Raises:
-        ModelError: no such model or weights, or one that takes no pictures.
+        ModelError: no such model or weights, or one that does not take such data.
+        MissingExtra: Keras or KerasHub is not installed.
     """
-    if kind != "image":
+    if kind == "text":
+        return keras_presets.build(name, config=config, labels=labels)
+    if Path(name).expanduser().is_dir():
         raise ModelError(
-            f"classify text with keras:{name}",
-            found="an image model; text models of KerasHub are not supported yet",
-            fix="a model 'hf:NAME'",
+            f"classify pictures with keras:{name}",
+            found="a folder; presets of KerasHub are supported for texts",
+            fix="'keras:NAME' of keras.applications, or a .keras file",
         )
     keras = load_keras()
-    with _settled(keras):
+    with settled(keras):
         if name.lower().endswith(".keras"):
             plan, body, head = _from_file(keras, Path(name).expanduser(), config)
         else:
@@ -138,6 +107,8 @@ def build(name: str, *, config: RunConfig, labels: tuple[str, ...], kind: Kind) 
 
 def rebuild(spec: Mapping[str, Any], folder: Path, labels: tuple[str, ...]) -> Built:
     """The architecture and preparation of a saved model; weights as initialised."""
+    if spec.get("kind") == "text":
+        return keras_presets.rebuild(spec, folder, labels)
     try:
         plan = _Plan(**spec["plan"])
     except (KeyError, TypeError) as error:
@@ -148,7 +119,7 @@ def rebuild(spec: Mapping[str, Any], folder: Path, labels: tuple[str, ...]) -> B
         ) from error
     keras = load_keras()
     extras = None
-    with _settled(keras):
+    with settled(keras):
         if plan.described:
             text = _read_architecture(folder / ARCHITECTURE_FILE)
             body, extras = _body_of_json(keras, text), partial(_write_architecture, text)
@@ -381,33 +352,8 @@ def _application(keras: Any, plan: _Plan, *, weights: str | None) -> Any:
         found = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         fix = _OFFLINE if weights else "another image_size, or other options"
         raise ModelError(f"build {plan.name}", found=found, fix=fix) from error
-    _settle_names(body)
+    settle_names(body.layers)
     return body
-
-
-def _settle_names(body: Any) -> None:
-    """Number the layers that Keras named by itself from the start.
-
-    It counts through the whole process, and tensors are named by their layers.
-    """
-    counts: dict[str, int] = {}
-    for layer in body.layers:
-        base = _snake(type(layer).__name__)
-        if re.fullmatch(rf"{base}(_\d+)?", layer.name):
-            count = counts.get(base, 0)
-            counts[base] = count + 1
-            layer.name = f"{base}_{count}" if count else base
-
-
-def _snake(name: str) -> str:
-    """As Keras makes a layer's name from its class.
-
-    Example:
-        >>> _snake("Conv2D"), _snake("BatchNormalization"), _snake("ReLU")
-        ('conv2d', 'batch_normalization', 're_lu')
-    """
-    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def _assign_layers(
@@ -618,15 +564,3 @@ def _refuse_unfit(plan: _Plan, body: Any) -> None:
             "is",
             plan.name,
         )
-
-
-@contextlib.contextmanager
-def _settled(keras: Any) -> Iterator[None]:
-    """Models built inside have channels last and lie on the CPU, whatever the user's defaults."""
-    before = keras.config.image_data_format()
-    keras.config.set_image_data_format("channels_last")
-    try:
-        with keras.device("cpu"):
-            yield
-    finally:
-        keras.config.set_image_data_format(before)

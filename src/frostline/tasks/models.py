@@ -31,7 +31,7 @@ _SOURCES: Mapping[str, ModuleType] = {
     "keras": keras_source,
 }
 _FORMS = (
-    "'timm:NAME', 'torchvision:NAME', 'hf:NAME_OR_DIR', 'keras:NAME', a .keras file or "
+    "'timm:NAME', 'torchvision:NAME', 'hf:NAME_OR_DIR', 'keras:NAME_OR_DIR', a .keras file or "
     "'package.module:callable'"
 )
 

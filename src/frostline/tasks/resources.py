@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -16,6 +14,7 @@ import torch
 
 from frostline.backends.torch.random_state import read_random_state, write_random_state
 from frostline.errors import ConfigError
+from frostline.memory import ResidentPeak
 
 __all__ = ["Interrupt", "PeakMemory", "borrowed_process", "pick_device"]
 
@@ -96,9 +95,8 @@ class Interrupt:
 class PeakMemory:
     """The largest memory in use since it was made.
 
-    On CUDA the most that torch had allocated on the device. Elsewhere the most resident memory of
-    the process: on Linux since the start of the measurement (the kernel's high-water mark is
-    reset), on other systems since the start of the process.
+    On CUDA the most that torch had allocated on the device, elsewhere the most resident memory of
+    the process.
 
     Args:
         device: the device the run uses.
@@ -106,20 +104,12 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._resident = ResidentPeak()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        else:
-            with contextlib.suppress(OSError):  # absent outside Linux, forbidden in some sandboxes
-                Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int:
         """Bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:"))
-        import resource  # noqa: PLC0415  absent on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+        return self._resident.read()

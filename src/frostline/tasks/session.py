@@ -7,7 +7,6 @@ newest checkpoint, trains on, and leaves files of which each is whole or absent.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import logging
 import os
@@ -27,13 +26,13 @@ from frostline.backends.torch.checkpoint import (
     save_checkpoint,
 )
 from frostline.cost import plan_line, trained_share
-from frostline.driver import Certificate, Hold
+from frostline.driver import Certificate
 from frostline.errors import StorageError
 from frostline.integrations.trackers import Status, check_installed
 from frostline.plan import FreezePlan
 from frostline.policies.phases import ends_its_phase
 from frostline.policy import Decision
-from frostline.records import RunRecorder, read_run
+from frostline.records import RunRecorder, read_run, write_certificate
 from frostline.tasks.config import RunConfig, dump_config
 from frostline.tasks.first_look import first_look, measured_signals, wanted
 from frostline.tasks.folder import RunFolder, asked_settings
@@ -344,7 +343,8 @@ class Session:
                 _log.warning("the run ended before its policy did: %s", driver.plan.reason)
             self._trained, self._saved = True, (-1, -1)
             self._checkpoint()
-        self.recorder.certificate(certificate, sha256=self._write_certificate(certificate))
+        sha256 = write_certificate(self.folder.certificate, certificate)
+        self.recorder.certificate(certificate, sha256=sha256)
         tested = self._test()
         results = self._results(tested, certificate)
         self._save_model(results)
@@ -360,11 +360,6 @@ class Session:
             self.tracking.summary(self.loop.state.step, summary)
         _log.info("finished: %s", self.folder.path)
         self.on_event({"kind": "end", "path": str(self.folder.path), "summary": summary})
-
-    def _write_certificate(self, certificate: Certificate) -> str:
-        text = _io.canonical_json({"format": 1, "holds": certificate.to_json()}) + b"\n"
-        _io.atomic_write_bytes(self.folder.certificate, text)
-        return hashlib.sha256(text).hexdigest()
 
     def _test(self) -> dict[str, float]:
         """Metrics of the best weights on the test split; what they say of each sample is kept."""
@@ -413,22 +408,10 @@ class Session:
             "policy_done": state.policy_done,
             "budget_spent": state.budget_spent,
             "decisions": len(self.prepared.parts.driver.decisions),
-            "certificate_ok": _complete(certificate, self.prepared, state.step),
+            "certificate_ok": certificate.covers(
+                self.prepared.parts.driver.decisions, self.prepared.groups, end=state.step
+            ),
         }
-
-
-def _complete(certificate: Certificate, prepared: Prepared, end: int) -> bool:
-    """Whether the proof covers each frozen tensor over the whole time that it was frozen."""
-    spans: dict[str, list[Hold]] = {}
-    for hold in certificate.holds:
-        spans.setdefault(hold.tensor, []).append(hold)
-    decisions = prepared.parts.driver.decisions
-    ends = [*(decision.step for decision in decisions[1:]), end]
-    return all(
-        any(h.from_step <= decision.step and until <= h.to_step for h in spans.get(name, ()))
-        for decision, until in zip(decisions, ends, strict=True)
-        for name in decision.plan.held_tensors(prepared.groups)
-    )
 
 
 def _csv(epochs: list[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from frostline.tasks.imports import need
 
-__all__ = ["EncodedTextPreparation", "TextPreparation"]
+__all__ = ["EncodedTextPreparation", "PresetPreparation", "TextPreparation"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,32 @@ class TextPreparation:
     def extras(self) -> Callable[[str], Any]:
         """Writes the tokenizer's files into a folder."""
         return self.tokenizer.save_pretrained
+
+
+@dataclass(frozen=True)
+class PresetPreparation:
+    """Texts to token ids by a preset of KerasHub, all of one length, as KerasHub feeds them.
+
+    Attributes:
+        encode: from a text to arrays (L,) by name.
+        max_length: L, tokens of a text: longer ones are cut, shorter ones padded.
+        digest: SHA-256 of the files that say how.
+        extras: writes these files into a folder.
+    """
+
+    encode: Callable[[str], Mapping[str, Any]]
+    max_length: int
+    digest: str
+    extras: Callable[[str], Any]
+
+    def __call__(self, raw: str, index: int = 0, view: int | None = None) -> Mapping[str, Tensor]:
+        """One text as tensors (L,) of int32; every view is the same."""
+        del index, view
+        return {n: torch.as_tensor(a, dtype=torch.int32) for n, a in self.encode(raw).items()}
+
+    def collate(self, prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Stack to (N, L) per input."""
+        return {name: torch.stack([p[name] for p in prepared]) for name in prepared[0]}
 
 
 @dataclass(frozen=True)

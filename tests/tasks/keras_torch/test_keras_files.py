@@ -14,9 +14,10 @@ import keras
 import numpy as np
 import pytest
 
+from frostline.backends.keras.archive import check_architecture, check_archive
 from frostline.errors import ModelError
 from frostline.tasks.config import RunConfig
-from frostline.tasks.keras_files import check_architecture, check_archive, read_h5_layers
+from frostline.tasks.keras_files import read_h5_layers
 from frostline.tasks.models import build_model
 
 Change = Callable[[dict[str, bytes]], None]

@@ -96,7 +96,7 @@ def test_too_small_pictures_are_an_error_of_ours() -> None:
 
 def test_texts_are_refused() -> None:
     config = RunConfig(model="keras:MobileNet", data="d")
-    with pytest.raises(ModelError, match="KerasHub are not supported"):
+    with pytest.raises(ModelError, match="no folder of a preset"):
         build_model(config, kind="text", labels=LABELS)
 
 

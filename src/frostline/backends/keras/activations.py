@@ -17,12 +17,13 @@ import numpy as np
 from keras import ops
 
 from frostline.backends.keras.arrays import Array, array_of, single_array
+from frostline.backends.keras.kernels import output_axes
 from frostline.backends.keras.names import SEPARATOR, can_train, owners, tensors
 from frostline.backends.keras.tracing import on_every_call
 from frostline.errors import BackendError
 from frostline.groups import LayerGroups
 
-__all__ = ["ProbeBatch", "as_matrix"]
+__all__ = ["ProbeBatch"]
 
 _INT8_STEPS = 127
 
@@ -111,35 +112,6 @@ class ProbeBatch:
             self._model(self._inputs, training=False)
 
 
-def as_matrix(name: str, array: Array, owner: keras.Layer) -> Array:
-    """A weight as a matrix: one row per output channel, as PyTorch orders them.
-
-    Args:
-        name: of the variable.
-        array: the weight, of two or more dimensions.
-        owner: the layer that holds it.
-    """
-    channels = _channel_axes(name, array.ndim, owner)
-    moved = np.moveaxis(array, channels, range(len(channels)))
-    return moved.reshape(int(np.prod(moved.shape[: len(channels)])), -1)
-
-
-def _channel_axes(name: str, ndim: int, owner: keras.Layer) -> tuple[int, ...]:
-    kernel = name.rpartition(SEPARATOR)[2].partition("~")[0]
-    if isinstance(owner, keras.layers.Embedding):
-        return (0,)
-    if kernel == "depthwise_kernel" or isinstance(
-        owner, keras.layers.DepthwiseConv1D | keras.layers.DepthwiseConv2D
-    ):
-        return (ndim - 2, ndim - 1)
-    if isinstance(
-        owner,
-        keras.layers.Conv1DTranspose | keras.layers.Conv2DTranspose | keras.layers.Conv3DTranspose,
-    ):
-        return (ndim - 2,)
-    return (ndim - 1,)
-
-
 def _rounded(model: keras.Model) -> Iterator[tuple[keras.Variable, Any]]:
     """8-bit versions of the weights, one step size per output channel; vectors stay."""
     holders, trainable = owners(model), can_train(model)
@@ -147,7 +119,7 @@ def _rounded(model: keras.Model) -> Iterator[tuple[keras.Variable, Any]]:
         if name not in trainable or variable.ndim < 2:
             continue
         array = single_array(variable)
-        channels = _channel_axes(name, array.ndim, holders[name])
+        channels = output_axes(name, array.ndim, holders[name])
         others = tuple(a for a in range(array.ndim) if a not in channels)
         step = np.abs(array).max(axis=others, keepdims=True) / np.float32(_INT8_STEPS)
         whole = np.round(array / np.where(step == 0, 1, step))

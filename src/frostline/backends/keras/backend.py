@@ -22,6 +22,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from frostline.backends.grouping import known_parameters
 from frostline.backends.keras.activations import ProbeBatch
 from frostline.backends.keras.arrays import Array, array_of
 from frostline.backends.keras.digest import sha256_of_variables
@@ -109,7 +110,9 @@ class KerasBackend:
         self._groups = _without_streams(found, self._tensors)
         _check_fit(self._groups, self._tensors, can_train(model))
         self._optimizer_state: OptimizerState = optimizer_state
-        self._fixed = _known(fixed, self._groups)
+        self._fixed = known_parameters(
+            fixed, self._groups, names="names as layer_groups(model) gives them, or as_found(model)"
+        )
         self._flags = Flags(model, self._groups)
         self._owners = owners(model)
         self._variables = self._flags.variables
@@ -491,16 +494,3 @@ def _check_fit(
             found=f"parameters that this model does not have: {few(unknown)}",
             fix="find the groups on this very model: layer_groups(model)",
         )
-
-
-def _known(fixed: Collection[str], groups: LayerGroups) -> frozenset[str]:
-    try:
-        return frozenset(
-            p.name for n in fixed for p in groups.of_parameter(n).parameters if n in p.names
-        )
-    except KeyError as error:
-        raise BackendError(
-            f"fix the variable {error.args[0]!r}",
-            found="no variable of that name that can train",
-            fix="names as layer_groups(model) gives them, or as_found(model)",
-        ) from error

@@ -16,12 +16,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
 
+from frostline.backends.grouping import Draft, Placing
 from frostline.backends.keras.blocks import Unit, divide, is_norm
 from frostline.backends.keras.names import (
     SEPARATOR,
@@ -95,19 +95,6 @@ def _check_built(model: keras.Layer) -> None:
         )
 
 
-@dataclass(eq=False)
-class _Draft:
-    """A group being put together."""
-
-    units: list[Unit] = field(default_factory=list)
-    in_head: bool = False
-
-    @property
-    def main(self) -> Unit:
-        """The unit that names the group."""
-        return next((u for u in self.units if u.starts), self.units[0])
-
-
 class _Assembly:
     def __init__(self, model: keras.Layer, trace: Trace, wanted_head: frozenset[str]) -> None:
         self._model = model
@@ -122,10 +109,14 @@ class _Assembly:
 
     def groups(self) -> LayerGroups:
         """The finished groups."""
-        drafts = self._run_drafts()
+        placing = Placing(
+            self._units, self._tick, lambda unit: bool(self._own(unit)), self._starts,
+            self._is_head, embeds=lambda unit: unit.embeds,
+        )  # fmt: skip
+        drafts = placing.ran()
         if drafts and not any(d.in_head for d in drafts):
             drafts[-1].in_head = True
-        self._place_unrun(drafts)
+        placing.place_others(drafts)
         modules = self._modules_of(drafts)
         items = tuple(
             LayerGroup(
@@ -200,76 +191,9 @@ class _Assembly:
         # A layer whose weight is tied to one named before it has nothing left to start with.
         return unit.starts and any(len(self._tensors[n].shape) > 1 for n in self._own(unit))
 
-    def _run_drafts(self) -> list[_Draft]:
-        ran = [(t, u) for u in self._units if (t := self._tick(u)) is not None]
-        drafts: list[_Draft] = []
-        waiting: list[Unit] = []
-        for _, unit in sorted(ran, key=lambda pair: pair[0]):
-            if self._joins(unit, drafts):
-                drafts[-1].units.append(unit)
-            elif self._starts(unit):
-                drafts += self._begun(waiting, unit)
-                waiting = []
-            else:
-                waiting.append(unit)
-        return drafts + self._left(waiting, drafts)
-
-    def _joins(self, unit: Unit, drafts: list[_Draft]) -> bool:
-        if not drafts:
-            return False
-        if not self._own(unit):
-            return True
-        if drafts[-1].in_head != self._is_head(unit):
-            return False
-        if not self._starts(unit):
-            return True
-        return unit.embeds and all(u.embeds for u in drafts[-1].units if u.starts)
-
-    def _begun(self, waiting: list[Unit], unit: Unit) -> list[_Draft]:
-        in_head = self._is_head(unit)
-        if all(self._is_head(u) == in_head or not self._own(u) for u in waiting):
-            return [_Draft([*waiting, unit], in_head)]
-        return [_Draft(waiting, not in_head), _Draft([unit], in_head)]
-
-    def _left(self, waiting: list[Unit], drafts: list[_Draft]) -> list[_Draft]:
-        owning = [u for u in waiting if self._own(u)]
-        if owning:
-            return [_Draft(waiting, self._is_head(owning[0]))]
-        if drafts:
-            drafts[-1].units.extend(waiting)
-        return []
-
-    def _place_unrun(self, drafts: list[_Draft]) -> None:
-        """Give every unit that never ran a place next to its neighbours in definition order."""
-        place = {id(unit): draft for draft in drafts for unit in draft.units}
-        for index, unit in enumerate(self._units):
-            if id(unit) in place:
-                continue
-            before = [u for u in reversed(self._units[:index]) if id(u) in place]
-            after = [u for u in self._units[index + 1 :] if id(u) in place]
-            near = place[id((before or after)[0])] if before or after else None
-            if near is not None and not self._starts(unit) and self._fits(unit, near):
-                near.units.append(unit)
-                place[id(unit)] = near
-                continue
-            draft = _Draft([unit], self._is_head(unit))
-            drafts.insert(self._position(drafts, draft, near, later=bool(before)), draft)
-            place[id(unit)] = draft
-
-    def _fits(self, unit: Unit, draft: _Draft) -> bool:
-        return not self._own(unit) or draft.in_head == self._is_head(unit)
-
-    def _position(
-        self, drafts: list[_Draft], draft: _Draft, near: _Draft | None, *, later: bool
-    ) -> int:
-        position = drafts.index(near) + later if near is not None else 0
-        if draft.in_head:
-            return position
-        return min([position, *(i for i, d in enumerate(drafts) if d.in_head)])
-
     # -- what is told of a group --
 
-    def _modules_of(self, drafts: list[_Draft]) -> dict[int, tuple[ModuleInfo, ...]]:
+    def _modules_of(self, drafts: list[Draft[Unit]]) -> dict[int, tuple[ModuleInfo, ...]]:
         """For each group the layers that lie wholly inside it; the model itself never does."""
         homes: dict[str, set[int]] = {}
         for draft in drafts:
@@ -288,7 +212,7 @@ class _Assembly:
             self._trace.calls.get(path, 0) for path in unit.paths
         )
 
-    def _infos(self, draft: _Draft, *, trained: bool) -> list[TensorInfo]:
+    def _infos(self, draft: Draft[Unit], *, trained: bool) -> list[TensorInfo]:
         names = (name for unit in draft.units for name in unit.tensors)
         return [self._info(n) for n in names if (n in self._can_train) == trained]
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from frostline.backends.keras.activations import ProbeBatch, as_matrix
+from frostline.backends.keras.activations import ProbeBatch
 from frostline.backends.keras.arrays import Array, single_array, to_number
+from frostline.backends.keras.kernels import as_matrix
 from frostline.backends.keras.optimizer import OptimizerGuard
 from frostline.backends.keras.steps import Steps
 from frostline.errors import BackendError, PolicyError

@@ -22,12 +22,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
+import torch
 from torch import Tensor, nn
 
+from frostline.backends.keras.kernels import row_axes
 from frostline.backends.keras.names import SEPARATOR, can_train, layers, owners, tensors
 from frostline.errors import ModelError
 
-__all__ = ["KerasClassifier", "KerasModule"]
+__all__ = ["KerasClassifier", "KerasModule", "KerasTextClassifier"]
 
 
 class _KerasCall:
@@ -139,10 +141,14 @@ def _run_graph(model: keras.Model, inputs: Any, runner: Callable[[Any], Any]) ->
 
 
 def _is_graph(layer: keras.Layer) -> bool:
-    """Whether a layer is one of Keras's own models that are nothing but a graph of layers."""
+    """Whether a layer is a model that is nothing but a graph of layers: Keras's, or KerasHub's."""
     kind = type(layer)
     own = kind.__module__.startswith("keras.") and kind.__name__ in ("Functional", "Sequential")
-    return own and isinstance(layer, keras.Model) and bool(getattr(layer, "inputs", None))
+    # A backbone adds settings to a functional model, and runs as one.
+    hub = kind.__module__.startswith("keras_hub.src.models.") and (
+        getattr(kind.call, "__qualname__", "") == "Functional.call"
+    )
+    return (own or hub) and isinstance(layer, keras.Model) and bool(getattr(layer, "inputs", None))
 
 
 class _Home(nn.Module):
@@ -170,10 +176,13 @@ class _Home(nn.Module):
 
     def _trailing_outputs(self, name: str, value: Tensor) -> int:
         """How many dimensions at the end count outputs; PyTorch's weights have them in front."""
-        kind = self.original_name
-        if value.ndim < 2 or kind == "Embedding":
+        if value.ndim < 2:
             return 0
-        return 2 if kind.startswith("Depthwise") or name.startswith("depthwise") else 1
+        rows = row_axes(name, value.ndim, self._keras.layer)
+        if rows == (0,):
+            return 0
+        trailing = tuple(range(value.ndim - len(rows), value.ndim))
+        return len(rows) if rows == trailing else 1
 
     def replaced(self) -> Iterator[tuple[keras.Variable, Tensor]]:
         """Tensors that stand here in the place of the Keras layer's own, with its variables."""
@@ -222,41 +231,27 @@ class KerasModule(_Home):
         return f"name={self._keras.layer.name!r}"
 
 
-class KerasClassifier(_Home):
+class _Classifier(_Home):
     """A Keras model without its last dense layer, and a linear layer of PyTorch in its place.
 
     The last layer is PyTorch's own, so that whatever solves, probes or replaces heads knows it.
-    `keras_model` puts everything together again.
 
     Args:
-        body: a functional model from pictures to one vector per sample.
+        body: a functional model from inputs to one vector per sample.
         head: name of the last layer.
         classes: number of outputs.
-        channels: "rgb", or "bgr" where the weights expect blue first.
         activation: what the Keras model puts behind its last layer; scores here are without it.
         architecture: plain JSON that with Keras's version decides what the body computes, besides
             its tensors.
-
-    Shapes:
-        pictures (N, 3, H, W), float, red first -> scores (N, classes), before any softmax.
     """
 
     def __init__(
-        self,
-        body: keras.Model,
-        *,
-        head: str,
-        classes: int,
-        channels: str = "rgb",
-        activation: str = "softmax",
-        architecture: Any = None,
+        self, body: keras.Model, *, head: str, classes: int, activation: str, architecture: Any
     ) -> None:
         super().__init__()
         self.original_name = type(body).__name__
         self.head_name = head
-        self.channels = channels
         self.activation = activation
-        self.channels_last = body.input_shape[-1] == 3
         self._keras = _KerasGraph(body, architecture)
         _attach(self, body, architecture)
         if hasattr(self, self.head_name):
@@ -267,15 +262,11 @@ class KerasClassifier(_Home):
             )
         self.add_module(self.head_name, nn.Linear(body.output_shape[-1], classes))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Scores (N, classes) for pictures (N, 3, H, W)."""
-        if self.channels == "bgr":
-            pictures = pictures.flip(1)
-        if self.channels_last:
-            pictures = pictures.permute(0, 2, 3, 1)
+    def scores(self, inputs: Any, device: torch.device) -> Tensor:
+        """Scores (N, classes) for inputs as the body takes them."""
         # Keras computes where it is told to, by default on a GPU if there is one.
-        with keras.device(str(pictures.device)), self._own_tensors():
-            features = self._keras((pictures,), {}, training=self.training)
+        with keras.device(str(device)), self._own_tensors():
+            features = self._keras((inputs,), {}, training=self.training)
         return self.head(features)
 
     @property
@@ -293,15 +284,15 @@ class KerasClassifier(_Home):
     def to_keras(self) -> keras.Model:
         """The whole as a Keras model: its last layer is Keras's again, with the activation.
 
-        It takes pictures as the Keras body does: of its layout and order of channels. It shares the
-        body with this module: save it, do not train it.
+        It takes inputs as the Keras body does: pictures of its layout and order of channels. It
+        shares the body with this module: save it, do not train it.
         """
         body, head = self._keras.layer, self.head
         dense = keras.layers.Dense(
             head.out_features, activation=self.activation, name=self.head_name
         )
         with keras.device(str(head.weight.device)):
-            model = keras.Model(body.inputs, dense(body.outputs[0]), name=body.name)
+            model = keras.Model(body.input, dense(body.outputs[0]), name=body.name)
             dense.set_weights(
                 [head.weight.detach().T.cpu().numpy(), head.bias.detach().cpu().numpy()]
             )
@@ -329,7 +320,74 @@ class KerasClassifier(_Home):
         return keras.StatelessScope(state_mapping=pairs)
 
 
-def _attach(root: KerasClassifier, model: keras.Layer, architecture: Any) -> None:
+class KerasClassifier(_Classifier):
+    """A Keras classifier of pictures; `to_keras` puts everything together again.
+
+    Args:
+        body: a functional model from pictures to one vector per sample.
+        head: name of the last layer.
+        classes: number of outputs.
+        channels: "rgb", or "bgr" where the weights expect blue first.
+        activation: what the Keras model puts behind its last layer; scores here are without it.
+        architecture: plain JSON that with Keras's version decides what the body computes, besides
+            its tensors.
+
+    Shapes:
+        pictures (N, 3, H, W), float, red first -> scores (N, classes), before any softmax.
+    """
+
+    def __init__(
+        self,
+        body: keras.Model,
+        *,
+        head: str,
+        classes: int,
+        channels: str = "rgb",
+        activation: str = "softmax",
+        architecture: Any = None,
+    ) -> None:
+        super().__init__(
+            body, head=head, classes=classes, activation=activation, architecture=architecture
+        )
+        self.channels = channels
+        self.channels_last = body.input_shape[-1] == 3
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Scores (N, classes) for pictures (N, 3, H, W)."""
+        if self.channels == "bgr":
+            pictures = pictures.flip(1)
+        if self.channels_last:
+            pictures = pictures.permute(0, 2, 3, 1)
+        return self.scores(pictures, pictures.device)
+
+
+class KerasTextClassifier(_Classifier):
+    """A Keras classifier of tokens, whose inputs have names.
+
+    Args:
+        body: a functional model from named inputs to one vector per sample.
+        head: name of the last layer.
+        classes: number of outputs.
+        architecture: plain JSON that with the versions of Keras and KerasHub decides what the body
+            computes, besides its tensors.
+
+    Shapes:
+        each input (N, L), int32 -> scores (N, classes), before any softmax.
+    """
+
+    def __init__(
+        self, body: keras.Model, *, head: str, classes: int, architecture: Any = None
+    ) -> None:
+        super().__init__(
+            body, head=head, classes=classes, activation="linear", architecture=architecture
+        )
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Scores (N, classes) for named inputs, each (N, L)."""
+        return self.scores(inputs, next(iter(inputs.values())).device)
+
+
+def _attach(root: _Classifier, model: keras.Layer, architecture: Any) -> None:
     """Put a module for each layer of the model below the root, and the tensors into them."""
     homes: dict[str, _Home] = {"": root}
     by_layer: dict[int, _Home] = {id(model): root}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from frostline.backends.grouping import known_parameters
 from frostline.backends.torch.activations import ProbeBatch
 from frostline.backends.torch.digest import TensorTable, WriteWatch, sha256_of_tensors, unwrapped
 from frostline.backends.torch.example import Example
@@ -84,7 +85,9 @@ class TorchBackend:
         self._optimizer = optimizer
         self._optimizer_state: OptimizerState = optimizer_state
         self._parameters = _resolve(self._root, self._groups)
-        self._fixed = _known(fixed, self._groups)
+        self._fixed = known_parameters(
+            fixed, self._groups, names="names as in model.named_parameters(), or as_found(model)"
+        )
         self._modes = HeldModes(self._root, self._groups)
         self._batch = ProbeBatch(model, self._groups)
         self._plan: FreezePlan | None = None
@@ -393,16 +396,3 @@ def _resolve(root: nn.Module, groups: LayerGroups) -> dict[str, Tensor]:
             fix="run the model once, then build the optimizer and the driver",
         )
     return found
-
-
-def _known(fixed: Collection[str], groups: LayerGroups) -> frozenset[str]:
-    try:
-        return frozenset(
-            p.name for n in fixed for p in groups.of_parameter(n).parameters if n in p.names
-        )
-    except KeyError as error:
-        raise BackendError(
-            f"fix the parameter {error.args[0]!r}",
-            found="no parameter of that name",
-            fix="names as in model.named_parameters(), or as_found(model)",
-        ) from error

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from frostline.backends.grouping import Draft, Placing
 from frostline.backends.torch.blocks import Unit, divide, is_norm, type_name
 from frostline.backends.torch.example import Example, example_batch
 from frostline.backends.torch.tracing import Trace, check_runnable, trace_model
@@ -82,19 +83,6 @@ def layer_groups(
     return _Assembly(model, trace, units, wanted_head).groups()
 
 
-@dataclass(eq=False)
-class _Draft:
-    """A group being put together."""
-
-    units: list[Unit]
-    in_head: bool
-
-    @property
-    def main(self) -> Unit:
-        """The unit that names the group."""
-        return next((u for u in self.units if u.starts), self.units[0])
-
-
 @dataclass
 class _Assembly:
     model: nn.Module
@@ -109,10 +97,14 @@ class _Assembly:
 
     def groups(self) -> LayerGroups:
         """The finished groups."""
-        drafts = self._run_drafts()
+        placing = Placing(
+            self.units, self._tick, lambda unit: bool(self._owned(unit)), self._starts,
+            self._is_head, embeds=lambda unit: isinstance(unit.module, nn.Embedding),
+        )  # fmt: skip
+        drafts = placing.ran()
         if drafts and not self.head_parameters:
             drafts[-1].in_head = True
-        self._place_unrun(drafts)
+        placing.place_others(drafts)
         names = [d.main.name or type_name(self.model) for d in drafts]
         members = self._modules_of(drafts)
         items = tuple(
@@ -193,77 +185,7 @@ class _Assembly:
         # A layer whose weight is tied to one that ran earlier has nothing left to start with.
         return unit.starts and any(t.ndim > 1 or unit.module is None for t in self._owned(unit))
 
-    def _run_drafts(self) -> list[_Draft]:
-        ticks = ((self._tick(unit), unit) for unit in self.units)
-        ran = sorted(((t, u) for t, u in ticks if t is not None), key=lambda pair: pair[0])
-        drafts: list[_Draft] = []
-        waiting: list[Unit] = []
-        for _, unit in ran:
-            side = self._is_head(unit)
-            if self._joins(unit, drafts, in_head=side):
-                drafts[-1].units.append(unit)
-            elif self._starts(unit):
-                drafts += self._begun(waiting, unit, in_head=side)
-                waiting = []
-            else:
-                waiting.append(unit)
-        return drafts + self._left(waiting, drafts)
-
-    def _joins(self, unit: Unit, drafts: list[_Draft], *, in_head: bool) -> bool:
-        if not drafts:
-            return False
-        if not self._owned(unit):
-            return True
-        if drafts[-1].in_head != in_head:
-            return False
-        if not self._starts(unit):
-            return True
-        both = (unit, *(u for u in drafts[-1].units if u.starts))
-        return all(isinstance(u.module, nn.Embedding) for u in both)
-
-    def _begun(self, waiting: list[Unit], unit: Unit, *, in_head: bool) -> list[_Draft]:
-        if all(self._is_head(u) == in_head or not self._owned(u) for u in waiting):
-            return [_Draft([*waiting, unit], in_head)]
-        return [_Draft(waiting, not in_head), _Draft([unit], in_head)]
-
-    def _left(self, waiting: list[Unit], drafts: list[_Draft]) -> list[_Draft]:
-        owners = [u for u in waiting if self._owned(u)]
-        if not owners:
-            if drafts:
-                drafts[-1].units.extend(waiting)
-            return []
-        return [_Draft(waiting, self._is_head(owners[0]))]
-
-    def _place_unrun(self, drafts: list[_Draft]) -> None:
-        """Give every unit that never ran a place next to its neighbours in definition order."""
-        place = {id(unit): draft for draft in drafts for unit in draft.units}
-        for index, unit in enumerate(self.units):
-            if id(unit) in place:
-                continue
-            before = [u for u in reversed(self.units[:index]) if id(u) in place]
-            after = [u for u in self.units[index + 1 :] if id(u) in place]
-            near = place[id((before or after)[0])] if before or after else None
-            if near is not None and not self._starts(unit) and self._fits(unit, near):
-                near.units.append(unit)
-                place[id(unit)] = near
-                continue
-            draft = _Draft([unit], self._is_head(unit))
-            drafts.insert(self._position(drafts, draft, near, later=bool(before)), draft)
-            place[id(unit)] = draft
-
-    def _fits(self, unit: Unit, draft: _Draft) -> bool:
-        return not self._owned(unit) or draft.in_head == self._is_head(unit)
-
-    def _position(
-        self, drafts: list[_Draft], draft: _Draft, near: _Draft | None, *, later: bool
-    ) -> int:
-        position = drafts.index(near) + later if near is not None else 0
-        if draft.in_head:
-            return position
-        heads = [i for i, d in enumerate(drafts) if d.in_head]
-        return min([position, *heads])
-
-    def _tensors(self, draft: _Draft, *, parameters: bool) -> Iterator[TensorInfo]:
+    def _tensors(self, draft: Draft[Unit], *, parameters: bool) -> Iterator[TensorInfo]:
         done: set[int] = set()
         for unit in draft.units:
             for module, tensor in _tensors_of(unit):
@@ -273,7 +195,7 @@ class _Assembly:
                     name, *others = self.aliases[id(tensor)]
                     yield _describe(name, tuple(others), tensor, module)
 
-    def _modules_of(self, drafts: list[_Draft]) -> dict[int, tuple[ModuleInfo, ...]]:
+    def _modules_of(self, drafts: list[Draft[Unit]]) -> dict[int, tuple[ModuleInfo, ...]]:
         """For each group the modules that lie wholly inside it."""
         groups = {id(unit): id(draft) for draft in drafts for unit in draft.units}
         owner = {key: groups[id(unit)] for key, unit in self.claims.items()}
