@@ -36,9 +36,7 @@ _OWN = ("policy", "seed", "output")
 def sweep(  # noqa: PLR0913 - all by name, all with defaults
     given: Mapping[str, Any],
     *,
-    policies: Annotated[
-        list[str], Parameter(help="Policies to try.", consume_multiple=True)
-    ],
+    policies: Annotated[list[str], Parameter(help="Policies to try.", consume_multiple=True)],
     output: Annotated[Path, Parameter(help="Folder of the sweep.")],
     over: Annotated[
         Literal["epochs", "data"],
