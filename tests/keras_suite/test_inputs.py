@@ -34,6 +34,11 @@ STEPS = -(-SAMPLES // BATCH)
 BACKEND = keras.backend.backend()
 
 
+def long(test: Any) -> Any:
+    """Slow where Keras compiles, and much the same there: in the fast run on torch alone."""
+    return test if BACKEND == "torch" else pytest.mark.slow(test)
+
+
 class Rows(keras.utils.PyDataset):
     """Batches of arrays; reshuffled by itself after each epoch, or noisy, or endless."""
 
@@ -94,6 +99,9 @@ if BACKEND == "torch":
     INPUTS["loader"] = loader
 
 
+FAST = ("reshuffled", "tf.data")
+
+
 def both(make: Callable[[], Any], tmp_path: Path, **more: Any) -> tuple[Any, Any, Any]:
     """History and weights, plain and cached, of a Sequential half frozen, and the report."""
     found = []
@@ -127,7 +135,13 @@ def same(one: Any, other: Any) -> None:
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if BACKEND == "torch" or kind in FAST else pytest.mark.slow)
+        for kind in INPUTS
+    ],
+)
 def test_any_input_trains_as_in_plain_keras(kind: str, tmp_path: Path) -> None:
     settings = {"generator": {"steps_per_epoch": STEPS, "shuffle": False}}.get(kind, {})
     if kind in ("tf.data", "loader"):
@@ -142,6 +156,7 @@ def test_any_input_trains_as_in_plain_keras(kind: str, tmp_path: Path) -> None:
     assert any("known by content" in note for note in report.notes)
 
 
+@long
 def test_a_later_run_finds_what_the_first_stored(tmp_path: Path) -> None:
     both(lambda: Rows(vectors(), labels(), shuffled=True), tmp_path)
     plain, found, report = both(lambda: Rows(vectors(), labels(), shuffled=True), tmp_path)
@@ -151,6 +166,7 @@ def test_a_later_run_finds_what_the_first_stored(tmp_path: Path) -> None:
     assert report.replayed == report.batches
 
 
+@long
 def test_validation_data_may_be_of_another_kind(tmp_path: Path) -> None:
     taken = vectors(seed=2)[:10], labels()[:10]
     for train, validation, rows in (
@@ -177,6 +193,7 @@ def test_samples_that_never_come_again_are_given_up(tmp_path: Path) -> None:
     assert any("differ from epoch to epoch" in note and "views=4" in note for note in report.notes)
 
 
+@long
 def test_policies_move_the_frontier_here_too(tmp_path: Path) -> None:
     plain, found, report = both(
         lambda: Rows(vectors(), labels(), shuffled=True), tmp_path,
@@ -186,6 +203,7 @@ def test_policies_move_the_frontier_here_too(tmp_path: Path) -> None:
     assert report.replayed > 0
 
 
+@long
 def test_one_step_may_take_several_batches(tmp_path: Path) -> None:
     if BACKEND == "torch":
         pytest.skip("Keras on PyTorch takes one")
@@ -221,6 +239,7 @@ def test_steps_that_others_compiled_are_fed_too(kind: str, tmp_path: Path) -> No
     assert report.replayed >= 2 * STEPS
 
 
+@long
 def test_inputs_that_the_rest_reads_come_along(tmp_path: Path) -> None:
     plain, found, report = both(
         lambda: Rows(vectors(), labels()), tmp_path, model=lambda: branches().model
@@ -229,6 +248,7 @@ def test_inputs_that_the_rest_reads_come_along(tmp_path: Path) -> None:
     assert report.replayed >= 2 * STEPS
 
 
+@long
 def test_samples_of_several_shapes_train_uncached(tmp_path: Path) -> None:
     class Lengths(Rows):
         def __getitem__(self, index: int) -> Any:
@@ -246,6 +266,7 @@ def test_samples_of_several_shapes_train_uncached(tmp_path: Path) -> None:
     assert any("not cached any more" in note for note in report.notes)
 
 
+@long
 def test_little_room_means_little_is_kept(tmp_path: Path) -> None:
     plain, found, report = both(
         lambda: Rows(vectors(), labels()), tmp_path, cached={"most_bytes": 600}
@@ -255,6 +276,7 @@ def test_little_room_means_little_is_kept(tmp_path: Path) -> None:
     assert any("no room for more" in note for note in report.notes)
 
 
+@long
 def test_stored_values_that_are_wrong_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

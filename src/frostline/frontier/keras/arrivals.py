@@ -6,8 +6,8 @@ bits of xxh3 over its row of every input. Whatever order the rows come in, a val
 used for the very content that it was computed from.
 
 Rows are computed in the batches that they first arrive in, filled up to the size of the largest
-one so far. A pipeline that augments at random never gives a row twice: nothing more is kept once that
-shows, and after another epoch the values are given up.
+one so far. A pipeline that augments at random never gives a row twice: nothing more is kept once
+that shows, and after another epoch the values are given up.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def stored(
 
         def read(rows: NDArray[np.int64]) -> list[NDArray[Any]]:
             values = use.shelves[0].read(rows, report, epoch=None)
-            return [*values, *use.passed(samples.rows(rows))]
+            return [*values, *use.passed(samples.arrays, rows)]
 
         return CachedData(
             use.rest, region, read, len(samples), report=report, stack=stack.pop_all()

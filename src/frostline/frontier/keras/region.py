@@ -146,6 +146,8 @@ def find_region(
     candidates = _grown(graph, lambda call: _trains(call, reasons))
     if not candidates:
         return _region(graph, candidates, {}, reasons)
+    if not draws and (region := _at_once(graph, candidates, samples, reasons)) is not None:
+        return region
     trial = _Trial(graph, candidates, samples, draws=draws)
     candidates = _grown(graph, lambda call: trial.verdict(call, candidates, reasons))
     region = _region(graph, candidates, trial.shared, reasons, draws=trial.drawing)
@@ -265,6 +267,40 @@ def seed_states(call: Call) -> list[keras.Variable]:
 # -- by trial ------------------------------------------------------------------------------------
 
 
+def _at_once(
+    graph: Graph,
+    candidates: Sequence[Call],
+    samples: Sequence[NDArray[Any]],
+    reasons: Mapping[str, str],
+) -> KerasRegion | None:
+    """The region if all candidates are frozen indeed; None: they have to be told apart.
+
+    Only what they hand over is looked at: in training and in other company, against inference.
+    """
+    region = _region(graph, candidates, {}, reasons)
+    if not region.frontier:
+        return None
+    model = frozen_model(region)
+    variables = [variable for _, variable in region.variables]
+    with put_back(variables) as before:
+        calm = run(model, _batch(samples, _TRIED), training=False)
+        mixed = run(model, _batch(samples, _MIXED), training=True)
+        silent = all(same_bits(before[id(v)], as_numpy(v)) for v in variables)
+        silent = silent and not any(layer.losses for layer in walk(candidates))
+    alone = all(
+        one.shape[:1] == (len(_TRIED),)
+        and other.shape[:1] == (len(_MIXED),)
+        and close(other, one[list(_MIXED)])
+        for one, other in zip(calm, mixed, strict=True)
+    )
+    return region if silent and alone else None
+
+
+def _batch(samples: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[NDArray[Any]]:
+    count = len(samples[0])
+    return [array[[row % count for row in rows]] for array in samples]
+
+
 class _Trial:
     """What candidates do with real samples.
 
@@ -317,9 +353,8 @@ class _Trial:
     def _run(
         self, samples: Sequence[NDArray[Any]], rows: Sequence[int], *, training: bool
     ) -> dict[Value, NDArray[Any]]:
-        count = len(samples[0])
-        batch = [array[[row % count for row in rows]] for array in samples]
-        return dict(zip(self._values, run(self._model, batch, training=training), strict=True))
+        found = run(self._model, _batch(samples, rows), training=training)
+        return dict(zip(self._values, found, strict=True))
 
     def verdict(self, call: Call, candidates: Sequence[Call], reasons: dict[str, str]) -> bool:
         """Whether a candidate, all of whose inputs are frozen, is frozen itself."""

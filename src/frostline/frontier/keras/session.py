@@ -232,12 +232,32 @@ class Session:
         if spec is None or self.model.run_eagerly or module.startswith("frostline."):
             return function(*state, iter(given))
         if module.startswith("keras."):
+            self._build(given[0])
             return self._traced(function, _spec_of(spec, given[0]), len(given))(given)
         return function(self._pipeline(name, spec, given))
 
     def _is_left_alone(self, name: str) -> bool:
         """Whether batches go to the model as they are, by TensorFlow's own way."""
         return name in self._arriving and self._now.region is None and not self._awaited
+
+    def _build(self, batch: Any) -> None:
+        """Let optimizer, loss and metrics make their variables before the first step.
+
+        TensorFlow traces a step that makes some twice.
+        """
+        optimizer = self.model.optimizer
+        if getattr(optimizer, "built", True):
+            return
+        optimizer.build(self.model.trainable_variables)
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if not all(
+            hasattr(leaf, "shape") for leaf in keras.tree.flatten((y, weight)) if leaf is not None
+        ):
+            return  # targets that are absent in ways of TensorFlow's own
+        with keras.StatelessScope():  # nothing is counted here
+            given = {"y": y, "y_pred": self.model(x, training=False), "sample_weight": weight}
+            self.model.compute_loss(x=x, training=False, **given)
+            self.model.compute_metrics(x=x, **given)
 
     def _traced(self, function: Any, spec: Any, several: int) -> Callable[[Any], Any]:
         """Keras's own step on batches whose size is known only where Keras knows it.
@@ -297,7 +317,7 @@ class Session:
             return _tensors(x, local), False
         computed = self.report.computed_rows
         values = use.shelves[source].read(local, self.report, epoch=epoch)
-        given = [*values, *use.passed([array[local] for array in samples.arrays])]
+        given = [*values, *use.passed(samples.arrays, local)]
         return _named(use, given), self.report.computed_rows == computed
 
     def _of_samples(self, x: Any, *, counted: bool) -> tuple[Any, bool]:
@@ -494,14 +514,13 @@ class Session:
 
     def _is_same(self, inputs: Any, frontier: Any) -> bool:
         """Whether the whole model and the rest give the same, but for rounding."""
-        whole, rest = self._forward(inputs), self._forward(frontier)
+        with put_back(self.model.non_trainable_variables):
+            whole, rest = self._forward(inputs), self._forward(frontier)
         times = _OUTPUT_TIMES[self._encoding]
         return all(close(a, b, times=times) for a, b in zip(whole, rest, strict=True))
 
     def _forward(self, inputs: Any) -> list[NDArray[Any]]:
-        """The model's outputs in inference; its state is left as it was."""
-        with put_back(self.model.non_trainable_variables):
-            outputs = self.model(inputs, training=False)
+        outputs = self.model(inputs, training=False)
         return [as_numpy(output) for output in keras.tree.flatten(outputs)]
 
 
@@ -527,7 +546,12 @@ class _Pipeline:
         import tensorflow as tf  # noqa: PLC0415
 
         self._waiting: deque[Any] = deque()
-        self._dataset = tf.data.Dataset.from_generator(self._handed, output_signature=spec)
+        options = tf.data.Options()
+        # What is read ahead would find nothing, and end.
+        options.autotune.enabled = False
+        options.experimental_optimization.inject_prefetch = False
+        handed = tf.data.Dataset.from_generator(self._handed, output_signature=spec)
+        self._dataset = handed.with_options(options)
         self._iterator: Any = None
 
     def _handed(self) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import keras
+import numpy as np
 from numpy.typing import NDArray
 
 from frostline.errors import FrontierError
@@ -65,12 +66,20 @@ class Use:
         """Whether the frozen weights are what they were."""
         return self.region is None or weight_parts(self.region) == self.weights
 
-    def passed(self, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Of the arrays of some samples, one per input, those that the rest reads itself."""
+    def passed(
+        self, arrays: Sequence[NDArray[Any]], rows: NDArray[np.int64] | None = None
+    ) -> list[NDArray[Any]]:
+        """Of the arrays of some samples, one per input, those that the rest reads itself.
+
+        Args:
+            arrays: `(N, ...)` each.
+            rows: which samples; None: all.
+        """
         if self.region is None:
             return []
         order = {id(value): i for i, value in enumerate(self.region.graph.inputs)}
-        return [arrays[order[id(value)]] for value in self.region.passed]
+        read = [arrays[order[id(value)]] for value in self.region.passed]
+        return read if rows is None else [np.asarray(array[rows]) for array in read]
 
     def forward_and_passed(self, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """All that the rest reads of some samples."""
@@ -137,7 +146,7 @@ class Stores:
             FrontierError: no room, or values that cannot be kept.
             StorageError: the disk refuses.
         """
-        assert use.region is not None  # noqa: S101  for the type checker
+        assert use.region is not None and use.forward is not None  # noqa: S101, PT018
         shortcut = self._shortcut(old, use.region) if self._sources else None
         for number, samples in enumerate(self._sources):
             source = old.shelves[number].features(None) if shortcut else None
