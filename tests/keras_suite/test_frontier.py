@@ -18,6 +18,7 @@ from keras_zoo import BATCH, compiled, custom, freeze_first, labels, mlp, noisy,
 
 from frostline.errors import ConfigError, FrontierError
 from frostline.frontier.keras import cached, find_region, fit, frozen_model, rest_model, session
+from frostline.frontier.keras.features import Features
 from frostline.frontier.keras.parts import data_parts, region_key
 from frostline.frontier.keras.region import as_numpy, close
 from frostline.frontier.library import Library
@@ -337,7 +338,7 @@ def test_stored_values_that_are_wrong_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(session, "CHECKED_EVERY", 1)
-    real = session.Features.read
+    real = Features.read
     state = {"reads": 0}
 
     def read(self: Any, rows: Any, report: Any) -> Any:
@@ -345,7 +346,7 @@ def test_stored_values_that_are_wrong_are_noticed(
         state["reads"] += 1
         return [value + 1 for value in values] if state["reads"] > 4 else values
 
-    monkeypatch.setattr(session.Features, "read", read)
+    monkeypatch.setattr(Features, "read", read)
     with caplog.at_level(logging.WARNING, logger="frostline"):
         _, _, report = both(tmp_path)
     assert "not cached any more: the outputs differ" in " ".join(report.notes)

@@ -514,13 +514,14 @@ class Session:
 
     def _is_same(self, inputs: Any, frontier: Any) -> bool:
         """Whether the whole model and the rest give the same, but for rounding."""
-        with put_back(self.model.non_trainable_variables):
-            whole, rest = self._forward(inputs), self._forward(frontier)
+        whole, rest = self._forward(inputs), self._forward(frontier)
         times = _OUTPUT_TIMES[self._encoding]
         return all(close(a, b, times=times) for a, b in zip(whole, rest, strict=True))
 
     def _forward(self, inputs: Any) -> list[NDArray[Any]]:
-        outputs = self.model(inputs, training=False)
+        """The model's outputs in inference; its state, of random seeds too, is as it was."""
+        with put_back(self.model.non_trainable_variables):
+            outputs = self.model(inputs, training=False)
         return [as_numpy(output) for output in keras.tree.flatten(outputs)]
 
 
