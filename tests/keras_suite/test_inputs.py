@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 from keras import layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from keras_zoo import BATCH, SAMPLES, branches, compiled, freeze_first, labels, mlp, noisy, vectors
+from keras_zoo import (
+    BATCH,
+    SAMPLES,
+    branches,
+    compiled,
+    freeze_first,
+    labels,
+    long,
+    long_unless,
+    mlp,
+    noisy,
+    vectors,
+)
 
 from frostline.errors import FrontierError
 from frostline.frontier.encodings import Column
@@ -32,11 +44,6 @@ from frostline.integrations.keras import FreezeCallback
 
 STEPS = -(-SAMPLES // BATCH)
 BACKEND = keras.backend.backend()
-
-
-def long(test: Any) -> Any:
-    """Slow where Keras compiles, and much the same there: in the fast run on torch alone."""
-    return test if BACKEND == "torch" else pytest.mark.slow(test)
 
 
 class Rows(keras.utils.PyDataset):
@@ -99,9 +106,6 @@ if BACKEND == "torch":
     INPUTS["loader"] = loader
 
 
-FAST = ("reshuffled", "tf.data")
-
-
 def both(make: Callable[[], Any], tmp_path: Path, **more: Any) -> tuple[Any, Any, Any]:
     """History and weights, plain and cached, of a Sequential half frozen, and the report."""
     found = []
@@ -135,13 +139,7 @@ def same(one: Any, other: Any) -> None:
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=() if BACKEND == "torch" or kind in FAST else pytest.mark.slow)
-        for kind in INPUTS
-    ],
-)
+@pytest.mark.parametrize("kind", long_unless(INPUTS, ("reshuffled", "tf.data")))
 def test_any_input_trains_as_in_plain_keras(kind: str, tmp_path: Path) -> None:
     settings = {"generator": {"steps_per_epoch": STEPS, "shuffle": False}}.get(kind, {})
     if kind in ("tf.data", "loader"):

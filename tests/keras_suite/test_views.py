@@ -12,7 +12,7 @@ import pytest
 from keras import layers, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from keras_zoo import BATCH, SAMPLES, compiled, labels, mlp, noisy, pictures, vectors
+from keras_zoo import BATCH, SAMPLES, compiled, labels, long, mlp, noisy, pictures, vectors
 
 from frostline.errors import ConfigError
 from frostline.frontier.keras import find_region, fit
@@ -84,6 +84,7 @@ def test_random_layers_in_front_are_stored_in_views(tmp_path: Path) -> None:
     assert "2 augmented views; epoch 3 on alternates between them; drawn by seed 0: flip" in said
 
 
+@long
 def test_a_later_run_finds_them_and_more_views_are_added(tmp_path: Path) -> None:
     train(augmenting(flip()), tmp_path, 2, views=2)
     again = train(augmenting(flip()), tmp_path, 3, views=3).report
