@@ -477,14 +477,16 @@ def run(
 
 
 def as_numpy(value: Any) -> NDArray[Any]:
-    """The values of a tensor or variable, or the array itself."""
+    """The values of a tensor or variable, or the array itself; perhaps a view: do not write."""
     if isinstance(value, np.ndarray):
         return value
-    if isinstance(value, keras.Variable):
+    moves = isinstance(value, keras.Variable)
+    if moves:
         value = keras.ops.convert_to_tensor(value)
     if keras.backend.backend() == "tensorflow" and hasattr(value, "numpy"):
-        # Keras's own way asks for a copy in words that TensorFlow's tensors do not know.
-        return np.asarray(value.numpy())
+        # Keras's own way asks for a copy in words that TensorFlow's tensors do not know; and of
+        # what stays as it is, batches of pictures among it, no copy is needed.
+        return np.asarray(value.numpy() if moves else value)
     return np.asarray(keras.ops.convert_to_numpy(value))
 
 
