@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from keras import layers, ops
 
 from frostline.backends.keras.names import layers as layers_of
 
 SAMPLES, BATCH = 40, 16
+
+
+def long(test: Any) -> Any:
+    """Slow where Keras compiles, and much the same there: in the fast run on torch alone."""
+    return test if keras.backend.backend() == "torch" else pytest.mark.slow(test)
+
+
+def long_unless(kinds: Iterable[str], fast: Container[str]) -> list[Any]:
+    """Parameters of a test, of which only some are in the fast run where Keras compiles."""
+    some = keras.backend.backend() != "torch"
+    return [
+        pytest.param(kind, marks=pytest.mark.slow) if some and kind not in fast else kind
+        for kind in kinds
+    ]
 
 
 @dataclass

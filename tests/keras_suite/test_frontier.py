@@ -14,10 +14,21 @@ import pytest
 from keras import layers, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from keras_zoo import BATCH, compiled, custom, freeze_first, labels, mlp, noisy, vectors
+from keras_zoo import (
+    BATCH,
+    compiled,
+    custom,
+    freeze_first,
+    labels,
+    long_unless,
+    mlp,
+    noisy,
+    vectors,
+)
 
 from frostline.errors import ConfigError, FrontierError
 from frostline.frontier.keras import cached, find_region, fit, frozen_model, rest_model, session
+from frostline.frontier.keras.features import Features
 from frostline.frontier.keras.parts import data_parts, region_key
 from frostline.frontier.keras.region import as_numpy, close
 from frostline.frontier.library import Library
@@ -228,6 +239,66 @@ def test_frozen_weights_that_change_are_noticed(tmp_path: Path) -> None:
     assert "frozen weights have changed" in " ".join(report.notes)
 
 
+class Writer(keras.callbacks.Callback):
+    """Gives the model other weights: between two epochs, or between two steps."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.when, self.epoch = when, 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epoch = epoch
+        if (self.when, epoch) == ("epoch", 1):
+            self.write()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if (self.when, self.epoch, batch) == ("step", 1, 0):
+            self.write()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if (self.when, epoch) == ("end", 0):
+            self.write()
+
+    def write(self) -> None:
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()  # else a running epoch does not see what is written
+        self.model.set_weights([0.9 * weight for weight in self.model.get_weights()])
+
+
+@pytest.mark.parametrize("when", long_unless(["epoch", "step", "end"], ["step"]))
+def test_weights_that_a_callback_sets_are_believed_at_once(when: str, tmp_path: Path) -> None:
+    settings = {"validation_data": (vectors(seed=1)[:10], labels()[:10])}
+    plain, cached, report = both(tmp_path, callbacks=[lambda: Writer(when)], settings=settings)
+    same(plain, cached)
+    np.testing.assert_allclose(cached[0]["val_loss"], plain[0]["val_loss"], rtol=1e-5)
+    assert "frozen weights have changed" in " ".join(report.notes)
+    assert report.replayed == report.batches
+    assert report.filled_rows == 2 * (len(vectors()) + 10)
+
+
+@pytest.mark.parametrize("when", long_unless(["epoch", "step"], ["step"]))
+def test_and_under_a_policy_the_proof_says_so(when: str, tmp_path: Path) -> None:
+    def run(cache: Any) -> tuple[Any, Any]:
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(1)
+        model = mlp().model
+        keras.utils.set_random_seed(2)
+        callback = FreezeCallback("gradual:every=2ep")
+        settings = SETTINGS | {"callbacks": [Writer(when), callback]}
+        if cache is None:
+            model.fit(vectors(), labels(), **settings)
+        else:
+            done = fit(model, vectors(), labels(), cache=cache, **settings)
+            assert "frozen weights have changed" in " ".join(done.report.notes)
+        assert "set_weights" not in vars(model)
+        return callback.certificate, [as_numpy(v) for v in model.variables]
+
+    (one, weights), (other, others) = run(None), run(tmp_path)
+    assert len(one.holds) == len(other.holds)
+    for a, b in zip(weights, others, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+
+
 def test_policies_move_the_frontier(tmp_path: Path) -> None:
     for spec in ("gradual:every=1ep", "freezeout"):
         callbacks = [lambda spec=spec: FreezeCallback(spec)]
@@ -277,7 +348,7 @@ def test_stored_values_that_are_wrong_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(session, "CHECKED_EVERY", 1)
-    real = session.Features.read
+    real = Features.read
     state = {"reads": 0}
 
     def read(self: Any, rows: Any, report: Any) -> Any:
@@ -285,7 +356,7 @@ def test_stored_values_that_are_wrong_are_noticed(
         state["reads"] += 1
         return [value + 1 for value in values] if state["reads"] > 4 else values
 
-    monkeypatch.setattr(session.Features, "read", read)
+    monkeypatch.setattr(Features, "read", read)
     with caplog.at_level(logging.WARNING, logger="frostline"):
         _, _, report = both(tmp_path)
     assert "not cached any more: the outputs differ" in " ".join(report.notes)
@@ -312,7 +383,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = mlp().model
     freeze_first(model, 0.5)
     fit(model, vectors(), labels(), cache=tmp_path, **SETTINGS)
-    assert "call" not in vars(model)
+    assert not {"call", "set_weights", "load_weights"} & vars(model).keys()
     before = model.evaluate(vectors(), labels(), verbose=0, return_dict=True)
     assert np.isfinite(before["loss"])
     history = model.fit(vectors(), labels(), **SETTINGS).history
@@ -377,7 +448,7 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bfloat16"):
         fit(model, vectors(), labels(), cache=tmp_path, dtype="float7")
     with pytest.raises(FrontierError, match="arrays"):
-        fit(model, (row for row in vectors()), labels(), cache=tmp_path)
+        fit(model, [list(row) for row in vectors()], labels(), cache=tmp_path)
     with pytest.raises(FrontierError, match="samples first"):
         fit(model, vectors()[:, None], labels(), cache=tmp_path)
 

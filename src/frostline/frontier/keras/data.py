@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,52 +13,67 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from frostline.errors import FrontierError
+from frostline.errors import FrontierError, MissingExtra
 from frostline.frontier.encodings import Encoding
-from frostline.frontier.keras.features import Features, Samples, runner
-from frostline.frontier.keras.parts import region_key
-from frostline.frontier.keras.region import KerasRegion, find_region, frozen_model, rest_model
+from frostline.frontier.keras.features import Samples
+from frostline.frontier.keras.region import KerasRegion, as_numpy, find_region, flat_inputs
+from frostline.frontier.keras.stores import Stores, Use
 from frostline.frontier.library import Library
 from frostline.frontier.report import CacheReport
 
-__all__ = ["CachedData", "FrontierBatches"]
+__all__ = ["CachedData", "FrontierBatches", "gathered", "stored"]
+
+#: What `tf.data.Dataset.cardinality` says of data sets without an end.
+_INFINITE = -1
 
 
 class FrontierBatches(keras.utils.PyDataset):
-    """Batches of `(frontier values, y)`, in an order that is a function of seed and epoch.
+    """Batches of `(frontier values, *targets)`, in an order that is a function of seed and epoch.
 
     Args:
         data: what is read.
-        y: targets, one row per sample; None: none.
+        targets: none, y, or y and sample weights; one row per sample each.
         batch_size: samples of a batch; the last one may be shorter.
         shuffle: whether each epoch has an order of its own.
         seed: of these orders.
     """
 
     def __init__(
-        self, data: CachedData, y: Any, *, batch_size: int, shuffle: bool, seed: int
+        self,
+        data: CachedData,
+        targets: Sequence[Any],
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
     ) -> None:
         super().__init__()
-        self._data, self._y, self._batch_size = data, y, batch_size
+        self._data, self._targets, self._batch_size = data, targets, batch_size
         self._shuffle, self._seed, self.epoch = shuffle, seed, 0
 
     def __len__(self) -> int:
-        return math.ceil(len(self._data.samples) / self._batch_size)
+        return math.ceil(len(self._data) / self._batch_size)
 
-    def rows(self, index: int) -> NDArray[np.int64]:
-        """Numbers of the samples of one batch of the present epoch."""
-        order = np.arange(len(self._data.samples))
+    def rows(self, index: int, *, epoch: int | None = None) -> NDArray[np.int64]:
+        """Numbers of the samples of one batch; of the present epoch, if none is given."""
+        order = np.arange(len(self._data))
         if self._shuffle:
-            order = np.random.default_rng([self._seed, self.epoch]).permutation(order)
+            drawn = np.random.default_rng([self._seed, self.epoch if epoch is None else epoch])
+            order = drawn.permutation(order)
         return order[index * self._batch_size : (index + 1) * self._batch_size]
 
-    def __getitem__(self, index: int) -> Any:
-        rows = self.rows(index)
+    def read(self, rows: NDArray[np.int64]) -> tuple[Any, ...]:
+        """Values and targets of these samples."""
         values = self._data.values(rows)
-        x = values if len(values) > 1 else values[0]
-        if self._y is None:
-            return (x,)
-        return x, keras.tree.map_structure(lambda array: np.asarray(array)[rows], self._y)
+        x = tuple(values) if len(values) > 1 else values[0]
+
+        def take(array: Any) -> Any:
+            return np.asarray(array)[rows]
+
+        return (x, *(keras.tree.map_structure(take, target) for target in self._targets))
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.read(self.rows(index))
 
     def on_epoch_end(self) -> None:
         """The next epoch has the next order."""
@@ -68,63 +84,102 @@ class CachedData:
     """The stored outflow of a model's frozen region on some samples; a context manager.
 
     Args:
-        model, samples, region: what was run on what.
-        library: where the values are; None: in a folder that goes with this object.
-        encoding: how floating values are kept.
+        rest: the model that trains, from `values` to the model's outputs.
+        region: what was run.
+        read: from numbers of samples to what `rest` takes for them.
+        count: of samples.
+        targets: what the samples brought with them: None, `(y,)` or `(y, sample_weight)`.
         report: what filling took.
+        stack: what is closed with this object.
 
     Attributes:
-        rest: the model that trains, from `values` to the model's outputs; its layers are the
-            model's own. Compile it, and train it on `batches`.
+        rest: its layers are the model's own. Compile it, and train it on `batches` or `dataset`.
+        y: the targets that the samples brought; None: they brought none.
+        sample_weight: likewise.
     """
 
     def __init__(
         self,
-        model: keras.Model,
-        samples: Samples,
+        rest: keras.Model,
         region: KerasRegion,
+        read: Callable[[NDArray[np.int64]], list[NDArray[Any]]],
+        count: int,
         *,
-        library: Library | None,
-        encoding: Encoding,
+        targets: tuple[Any, ...] = (),
         report: CacheReport,
+        stack: contextlib.ExitStack,
     ) -> None:
-        if why := region.why_not:
-            raise FrontierError(
-                "store what the frozen layers give", found=why, fix="freeze layers first"
-            )
-        self.samples, self.region, self.report = samples, region, report
-        self.rest = _fed_plainly(rest_model(region))
-        self._stack = contextlib.ExitStack()
-        key = region_key(
-            region, data=samples.data, encoding=encoding,
-            compiled=[bool(model.jit_compile), bool(model.run_eagerly)],
-        )  # fmt: skip
-        if library is None or key.unknown:
-            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="frostline-"))
-            library = Library(folder)
-        self._features = Features(
-            samples, region.frontier, key, library, encoding=encoding,
-            compute=runner(frozen_model(region), model),
-            about={"model": model.name, "data": samples.name, "of": "keras"},
-        )  # fmt: skip
-        self._stack.callback(self._features.close)
-        try:
-            self._features.fill(report)
-        except BaseException:
-            self.close()
-            raise
+        self.rest, self.region, self.report = _fed_plainly(rest), region, report
+        self.y, self.sample_weight = (*targets, None, None)[:2]
+        self._read, self._count, self._stack = read, count, stack
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return self._count
 
     def values(self, rows: NDArray[np.int64]) -> list[NDArray[Any]]:
         """What `rest` takes for these samples: `(len(rows), ...)` each, private copies."""
-        order = {id(v): i for i, v in enumerate(self.region.graph.inputs)}
-        passed = [self.samples.arrays[order[id(v)]][rows] for v in self.region.passed]
-        return [*self._features.read(rows, self.report), *passed]
+        return self._read(rows)
 
     def batches(
         self, y: Any = None, *, batch_size: int = 32, shuffle: bool = True, seed: int = 0
     ) -> FrontierBatches:
-        """A data set for `rest.fit(..., shuffle=False)`; it shuffles by itself, by its seed."""
-        return FrontierBatches(self, y, batch_size=batch_size, shuffle=shuffle, seed=seed)
+        """A data set for `rest.fit(..., shuffle=False)`; it shuffles by itself, by its seed.
+
+        Args:
+            y: targets, one row per sample; None: those that the samples brought, if any.
+            batch_size: samples of a batch; the last one may be shorter.
+            shuffle: whether each epoch has an order of its own.
+            seed: of these orders.
+        """
+        targets = [self.y, self.sample_weight] if y is None else [y]
+        return FrontierBatches(
+            self, [t for t in targets if t is not None],
+            batch_size=batch_size, shuffle=shuffle, seed=seed,
+        )  # fmt: skip
+
+    def dataset(
+        self,
+        y: Any = None,
+        *,
+        batch_size: int = 32,
+        shuffle: bool = True,
+        seed: int = 0,
+        prefetch: int | None = None,
+    ) -> Any:
+        """The same as a `tf.data.Dataset`, for loops of TensorFlow; needs TensorFlow.
+
+        Each time it is iterated is the next epoch, with the order that `batches` has in it.
+
+        Args:
+            y: as for `batches`.
+            batch_size: as for `batches`.
+            shuffle: as for `batches`.
+            seed: as for `batches`.
+            prefetch: batches that are read ahead; None: as many as TensorFlow sees fit.
+
+        Returns:
+            A data set of `(values,)`, `(values, y)` or `(values, y, sample_weight)`.
+
+        Raises:
+            MissingExtra: TensorFlow is not installed.
+        """
+        tf = _tensorflow()
+        batches = self.batches(y, batch_size=batch_size, shuffle=shuffle, seed=seed)
+        epochs = itertools.count()
+        one = batches.read(np.zeros(1, np.int64))
+
+        def epoch() -> Iterator[Any]:
+            number = next(epochs)
+            for index in range(len(batches)):
+                yield batches.read(batches.rows(index, epoch=number))
+
+        spec = keras.tree.map_structure(
+            lambda array: tf.TensorSpec((None, *array.shape[1:]), array.dtype), one
+        )
+        dataset = tf.data.Dataset.from_generator(epoch, output_signature=spec)
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
+        return dataset.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
 
     def close(self) -> None:
         """Close the store."""
@@ -142,13 +197,6 @@ class CachedData:
         self.close()
 
 
-def _fed_plainly(rest: keras.Model) -> keras.Model:
-    """The same layers; one tensor is fed as such, not as a list of one: Keras warns of that."""
-    if len(rest.inputs) > 1:
-        return rest
-    return keras.Model(rest.inputs[0], rest.output, name=rest.name)
-
-
 def stored(
     model: keras.Model,
     samples: Samples,
@@ -156,10 +204,140 @@ def stored(
     *,
     library: Library | None,
     encoding: Encoding,
+    most_bytes: int | None = None,
 ) -> CachedData:
-    """Find the region on the first samples, fill, and hand out."""
-    first = keras.tree.map_structure(lambda array: np.asarray(array[:3]), x)
-    region = find_region(model, first)
-    return CachedData(
-        model, samples, region, library=library, encoding=encoding, report=CacheReport()
+    """Find the region on the first samples, fill, and hand out.
+
+    Raises:
+        FrontierError: nothing is frozen from the inputs on; no room.
+        StorageError: the disk refuses.
+    """
+    region = _found(model, keras.tree.map_structure(lambda array: np.asarray(array[:3]), x))
+    report = CacheReport()
+    with contextlib.ExitStack() as stack:
+        stores = stack.enter_context(
+            Stores(
+                model, [samples], library=library, encoding=encoding, most_bytes=most_bytes,
+                report=report,
+            )
+        )  # fmt: skip
+        use = stores.use(region, ())
+        stack.callback(use.close)
+        stores.fill(use, Use())
+        report.stored_bytes = use.shelves[0].bytes_on_disk
+
+        def read(rows: NDArray[np.int64]) -> list[NDArray[Any]]:
+            values = use.shelves[0].read(rows, report, epoch=None)
+            return [*values, *use.passed(samples.arrays, rows)]
+
+        return CachedData(
+            use.rest, region, read, len(samples), report=report, stack=stack.pop_all()
+        )
+
+
+def gathered(
+    model: keras.Model,
+    x: Any,
+    *,
+    library: Library | None,
+    encoding: Encoding,
+    most_bytes: int | None = None,
+) -> CachedData:
+    """Read a data set of batches once, store its frontier values, and hand out.
+
+    Raises:
+        FrontierError: no end, no batch; nothing is frozen from the inputs on; no room.
+        StorageError: the disk refuses.
+    """
+    batches = _batches(x)
+    first = next(batches, None)
+    if first is None:
+        raise FrontierError(
+            "store what the frozen layers give", found="no batch", fix="give some samples"
+        )
+    region = _found(model, _parts(first)[0])
+    report = CacheReport()
+    with contextlib.ExitStack() as stack:
+        stores = stack.enter_context(
+            Stores(
+                model, [], library=library, encoding=encoding, most_bytes=most_bytes,
+                report=report,
+            )
+        )  # fmt: skip
+        use = stores.use(region, ())
+        stack.callback(use.close)
+        arrivals = stores.arrivals(use, passed=True)
+        order: list[bytes] = []
+        targets = []
+        for batch in itertools.chain([first], batches):
+            inputs, *brought = _parts(batch)
+            order += arrivals.digests(flat_inputs(model, inputs), report)
+            targets.append(
+                [keras.tree.map_structure(as_numpy, t) for t in brought if t is not None]
+            )
+        report.stored_bytes = arrivals.bytes_on_disk
+
+        def read(rows: NDArray[np.int64]) -> list[NDArray[Any]]:
+            return arrivals.stored([order[row] for row in rows], report)
+
+        return CachedData(
+            use.rest, region, read, len(order),
+            targets=_joined(targets), report=report, stack=stack.pop_all(),
+        )  # fmt: skip
+
+
+def _found(model: keras.Model, x: Any) -> KerasRegion:
+    region = find_region(model, x)
+    if why := region.why_not:
+        raise FrontierError(
+            "store what the frozen layers give", found=why, fix="freeze layers first"
+        )
+    return region
+
+
+def _parts(batch: Any) -> tuple[Any, Any, Any]:
+    """Inputs, targets and weights of a batch, as arrays of any framework."""
+    batch = tuple(batch) if isinstance(batch, list) else batch
+    return keras.utils.unpack_x_y_sample_weight(batch)
+
+
+def _joined(batches: list[list[Any]]) -> tuple[Any, ...]:
+    """Targets of all batches, one after the other."""
+    return tuple(
+        keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *part)
+        for part in zip(*batches, strict=True)
     )
+
+
+def _batches(x: Any) -> Iterator[Any]:
+    """The batches of one epoch."""
+    if isinstance(x, keras.utils.PyDataset):
+        endless = x.num_batches is None
+    else:
+        endless = hasattr(x, "cardinality") and int(x.cardinality()) == _INFINITE
+    if endless:
+        raise FrontierError(
+            "read a data set once",
+            found=f"a {type(x).__name__} without an end",
+            fix="leave .repeat() out, or take as many batches as there are: .take(n)",
+        )
+    return iter(x)
+
+
+def _fed_plainly(rest: keras.Model) -> keras.Model:
+    """The same layers; one tensor is fed as such, not as a list of one: Keras warns of that."""
+    if len(rest.inputs) > 1:
+        return rest
+    return keras.Model(rest.inputs[0], rest.output, name=rest.name)
+
+
+def _tensorflow() -> Any:
+    try:
+        import tensorflow as tf  # noqa: PLC0415  only for those who ask for its data sets
+    except ImportError as error:
+        raise MissingExtra(
+            "make a tf.data.Dataset",
+            found="no TensorFlow",
+            fix="pip install tensorflow, or use .batches(), which every Keras backend takes",
+        ) from error
+    return tf

@@ -12,27 +12,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from frostline.errors import FrontierError
 from frostline.frontier.encodings import Encoding
+from frostline.frontier.keras.forward import Forward
 from frostline.frontier.keras.graph import Value
 from frostline.frontier.keras.parts import data_parts
-from frostline.frontier.keras.region import as_numpy, close
+from frostline.frontier.keras.region import close
 from frostline.frontier.key import CacheKey
 from frostline.frontier.library import Library
 from frostline.frontier.report import CacheReport
 from frostline.frontier.segments import BLOCK_ROWS
 from frostline.frontier.store import Column, Store
+from frostline.frontier.views import Views
+from frostline.seeds import mix
 
-__all__ = ["Features", "Runner", "Samples", "runner"]
+__all__ = ["ROUNDING", "Compute", "Features", "Samples", "Shelf", "drawn"]
 
-#: Arrays of one batch, in a fixed order, to arrays of the results.
-Runner = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]
+#: Arrays of one block and the number of its first sample, to arrays of the results.
+Compute = Callable[[Sequence[NDArray[Any]], int], list[NDArray[Any]]]
 #: Most that rounding may take from a stored value, against what exact values may differ.
-_ROUNDING = {"exact": 1.0, "bfloat16": 100.0, "float16": 20.0, "int8": 200.0}
+ROUNDING = {"exact": 1.0, "bfloat16": 100.0, "float16": 20.0, "int8": 200.0}
 
 
 @dataclass(slots=True)
@@ -96,7 +98,7 @@ class Features:
         library: Library,
         *,
         encoding: Encoding,
-        compute: Runner,
+        compute: Compute,
         about: Mapping[str, Any],
         source: Features | None = None,
         most_bytes: int | None = None,
@@ -107,6 +109,10 @@ class Features:
         self.store: Store = library.open(
             key, columns, len(samples), about=about, most_bytes=most_bytes
         )
+        #: Rows that were computed or found by this object, so that each is counted once.
+        self._met = np.zeros(len(samples), np.bool_)
+        #: Whether all rows were computed here and now, and from the samples.
+        self.is_own = source is None
 
     def fill(self, report: CacheReport) -> None:
         """Compute the rows that are not there, block by block.
@@ -118,26 +124,28 @@ class Features:
         for first in range(0, len(self.samples), BLOCK_ROWS):
             rows = self._real(first)
             if self.store.present(rows).all():
-                report.found_rows += len(rows)
+                self._count_found(rows, report)
                 continue
             self._fill(first, report)
-        report.stored_bytes += self.store.bytes_on_disk
         self._source = None  # not needed any more; its store may be closed
 
     def read(self, rows: NDArray[np.int64], report: CacheReport) -> list[NDArray[Any]]:
         """The frontier values of these samples, `(len(rows), ...)` each, in the frontier's order.
 
-        A row that was damaged since it was written is computed again, with its block.
+        A row that is not there, or was damaged since it was written, is computed with its block.
 
         Raises:
-            FrontierError: a row that is damaged each time it is read.
+            FrontierError: a row that is damaged each time it is read; the budget has no room.
+            StorageError: the disk refuses.
         """
+        if not self._met[rows].all():
+            self._count_found(rows[self.store.present(rows)], report)
+            self._fill_blocks(rows[~self.store.present(rows)], report)
         began = time.perf_counter()
         values, good = self.store.read(rows)
         report.read_s += time.perf_counter() - began
         if not good.all():
-            for first in sorted({int(row) // BLOCK_ROWS * BLOCK_ROWS for row in rows[~good]}):
-                self._fill(first, report)
+            self._fill_blocks(rows[~good], report)
             values, good = self.store.read(rows)
         if not good.all():
             raise FrontierError(
@@ -148,18 +156,26 @@ class Features:
         report.read_rows += len(rows)
         return [values[value.name] for value in self.frontier]
 
-    def doubt(self, first: int) -> str:
-        """The name of a frontier value that computing one block again gives differently, or ""."""
+    def doubt(self, pick: int) -> str:
+        """The name of a frontier value that computing one block again gives differently, or "".
+
+        Args:
+            pick: any number >= 0; chooses among the blocks that are stored.
+        """
+        there = np.flatnonzero(self.store.present(np.arange(0, len(self.samples), BLOCK_ROWS)))
+        if not len(there):
+            return ""
+        first = int(there[pick % len(there)]) * BLOCK_ROWS
         rows = self._real(first)
         stored, good = self.store.read(rows)
-        again = self._compute(self.samples.rows(self.samples.block(first)))
+        again = self._compute(self.samples.rows(self.samples.block(first)), first)
         for value, fresh in zip(self.frontier, again, strict=True):
             kept = stored[value.name][good]
-            if not close(kept, fresh[: len(rows)][good], times=_ROUNDING[self.encoding]):
+            if not close(kept, fresh[: len(rows)][good], times=ROUNDING[self.encoding]):
                 return value.name
         return ""
 
-    def compute_from_samples(self, compute: Runner) -> None:
+    def compute_from_samples(self, compute: Compute) -> None:
         """What computes blocks from now on: from the samples alone."""
         self._compute = compute
 
@@ -170,11 +186,22 @@ class Features:
     def _real(self, first: int) -> NDArray[np.int64]:
         return np.arange(first, min(first + BLOCK_ROWS, len(self.samples)))
 
+    def _count_found(self, rows: NDArray[np.int64], report: CacheReport) -> None:
+        """Rows that were there when they were first asked for."""
+        fresh = np.unique(rows[~self._met[rows]])
+        report.found_rows += len(fresh)
+        self.is_own &= not len(fresh)
+        self._met[fresh] = True
+
+    def _fill_blocks(self, rows: NDArray[np.int64], report: CacheReport) -> None:
+        for first in sorted({int(row) // BLOCK_ROWS * BLOCK_ROWS for row in rows}):
+            self._fill(first, report)
+
     def _fill(self, first: int, report: CacheReport) -> None:
         began = time.perf_counter()
         block = self.samples.block(first)
         given = self._source.read(block, report) if self._source else self.samples.rows(block)
-        computed = self._compute(given)
+        computed = self._compute(given, first)
         report.compute_s += time.perf_counter() - began
         rows = self._real(first)
         values = {
@@ -187,46 +214,87 @@ class Features:
                 found=f"a budget that is used up at row {first:,}",
                 fix="allow more bytes, or store half as many: dtype='bfloat16'",
             )
+        self._met[rows] = True
         report.filled_rows += len(rows)
         report.computed_rows += len(rows)
         report.fill_s += time.perf_counter() - began
 
 
-def runner(model: keras.Model, like: keras.Model) -> Runner:
-    """Runs a functional model on whole blocks, compiled as the user's own model is.
+class Shelf:
+    """All that is stored of one set of samples under one region: in inference, and by view.
 
-    On JAX it keeps its own copies of the variables' values: those of the model are given away
-    while `fit` runs.
+    Args:
+        samples: which ones.
+        views: which view of a sample an epoch trains on; None: training sees what inference
+            sees, and there is one store.
+        make: opens the features of one view; of None: as in inference.
     """
-    if keras.backend.backend() == "jax":
-        return _jax_runner(model, compiled=bool(like.jit_compile) and not like.run_eagerly)
-    model.run_eagerly = bool(like.run_eagerly)
-    model.jit_compile = bool(like.jit_compile)
 
-    def run(batch: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        tensors = [keras.ops.convert_to_tensor(array) for array in batch]
-        given = tensors if len(tensors) > 1 else tensors[0]
-        return [as_numpy(array) for array in keras.tree.flatten(model.predict_on_batch(given))]
+    def __init__(
+        self, samples: Samples, views: Views | None, make: Callable[[int | None], Features]
+    ) -> None:
+        self.samples, self.views = samples, views
+        self._make = make
+        self._open: dict[int | None, Features] = {}
 
-    return run
+    def features(self, view: int | None) -> Features:
+        """Those of one view, or of inference; opened when first asked for."""
+        if view not in self._open:
+            self._open[view] = self._make(view)
+        return self._open[view]
+
+    def read(
+        self, rows: NDArray[np.int64], report: CacheReport, *, epoch: int | None
+    ) -> list[NDArray[Any]]:
+        """Frontier values of these samples, `(len(rows), ...)` each.
+
+        Args:
+            rows: their numbers.
+            report: what happened is counted there.
+            epoch: of training, from 0; None: as inference sees them.
+
+        Raises:
+            FrontierError, StorageError: see `Features.read`.
+        """
+        if epoch is None or self.views is None:
+            return self.features(None).read(rows, report)
+        which = self.views.of(epoch, rows)
+        found: list[NDArray[Any]] = []
+        for view in np.unique(which).tolist():
+            mine = which == view
+            part = self.features(view).read(rows[mine], report)
+            if not found:
+                found = [np.empty((len(rows), *a.shape[1:]), a.dtype) for a in part]
+            for array, values in zip(found, part, strict=True):
+                array[mine] = values
+        return found
+
+    def doubt(self, pick: int) -> str:
+        """What `Features.doubt` says of one of the stores, or ""."""
+        opened = list(self._open.values())
+        return opened[pick % len(opened)].doubt(pick // len(opened)) if opened else ""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether all that was read so far was computed here and now, from the samples."""
+        return all(features.is_own for features in self._open.values())
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Of all its stores."""
+        return sum(features.store.bytes_on_disk for features in self._open.values())
+
+    def close(self) -> None:
+        """Close the stores."""
+        for features in self._open.values():
+            features.close()
 
 
-def _jax_runner(model: keras.Model, *, compiled: bool) -> Runner:
-    import jax  # noqa: PLC0415  only where Keras runs on it
+def drawn(forward: Forward, views: Views, view: int) -> Compute:
+    """Computes blocks in one view: a function of samples, seed, block and view alone."""
 
-    def values(variables: Sequence[keras.Variable]) -> list[Any]:
-        return [jax.numpy.array(variable.value, copy=True) for variable in variables]
+    def compute(batch: Sequence[NDArray[Any]], first: int) -> list[NDArray[Any]]:
+        block = first // BLOCK_ROWS
+        return forward.drawn(batch, lambda number: mix(views.seed, block, view, number))
 
-    trainable, others = values(model.trainable_variables), values(model.non_trainable_variables)
-
-    def forward(trainable: list[Any], others: list[Any], batch: list[Any]) -> Any:
-        given = batch if len(batch) > 1 else batch[0]
-        return model.stateless_call(trainable, others, given, training=False)[0]
-
-    step = jax.jit(forward) if compiled else forward
-
-    def run(batch: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        arrays = [jax.numpy.asarray(array) for array in batch]
-        return [as_numpy(array) for array in keras.tree.flatten(step(trainable, others, arrays))]
-
-    return run
+    return compute

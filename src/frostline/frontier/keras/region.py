@@ -4,12 +4,15 @@ A call is frozen when all it reads is frozen and it has nothing that trains. Wha
 tell is tried: the candidates run on a few real samples, twice, in training and in inference, alone
 and in another batch. Whatever writes state, draws random numbers, answers differently or mixes
 the samples of a batch counts as live, with the reason, and so does all that follows from it.
+
+Layers that augment at random in front of everything with weights may be let in on request: what
+they draw then comes from seeds that are set, and a sample is stored in several versions.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +38,9 @@ __all__ = ["KerasRegion", "as_numpy", "close", "find_region", "frozen_model", "r
 
 #: Most that two computations of one value may differ, as a share of its largest element.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
-#: Samples of the trial, and of the same samples in another batch.
-_TRIED, _MIXED = (0, 1, 2), (2, 0, 1, 1, 0)
+#: Samples of the trial, and of the same samples in another batch; the first in other company.
+_TRIED, _MIXED, _COMPANY = (0, 1, 2), (2, 0, 1, 1, 0), (0, 0, 1)
+_RANDOM = "draws random numbers in training"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,7 @@ class KerasRegion:
         passed: inputs of the model that live calls read themselves.
         shared: frontier values that are the same for all samples.
         reasons: why calls are live that read nothing live; by name of the call.
+        draws: names of frozen calls that draw random numbers in training: only where asked for.
         built: models made from it so far.
     """
 
@@ -59,6 +64,7 @@ class KerasRegion:
     passed: tuple[Value, ...]
     shared: Mapping[Value, NDArray[Any]]
     reasons: Mapping[str, str]
+    draws: tuple[str, ...] = ()
     built: dict[str, keras.Model] = field(default_factory=dict, repr=False)
 
     @property
@@ -72,6 +78,13 @@ class KerasRegion:
         return needed(self.graph, (*self.frontier, *self.shared), self.graph.inputs)
 
     @property
+    def seeds(self) -> list[keras.Variable]:
+        """States of the random seeds that the frozen calls draw from, each once, in order."""
+        drawing = [call for call in self.frozen_calls if call.name in self.draws]
+        found = {id(v): v for call in drawing for v in seed_states(call)}
+        return list(found.values())
+
+    @property
     def live(self) -> tuple[str, ...]:
         """Names of the calls that run at each step."""
         return tuple(call.name for call in self.graph.calls if call.name not in set(self.frozen))
@@ -79,12 +92,19 @@ class KerasRegion:
     @property
     def why_not(self) -> str:
         """Why storing the frontier would save nothing; empty when it may."""
-        if not self.variables:
+        if not any(getattr(call.operation, "weights", ()) for call in self.frozen_calls):
             why = few([f"{name} {why}" for name, why in self.reasons.items()])
-            return f"no layer with weights is frozen from the inputs on ({why})"
+            hint = "; views=4 stores that many versions of each sample" if self.could_draw else ""
+            return f"no layer with weights is frozen from the inputs on ({why}){hint}"
         if all(isinstance(v, Value) and v in self.frontier for v in self._outputs):
             return "nothing is live: there is nothing to train"
         return ""
+
+    @property
+    def could_draw(self) -> bool:
+        """Whether letting random augmentation in would let in calls that are live now."""
+        random = {name for name, why in self.reasons.items() if why == _RANDOM}
+        return any(call.name in random for call in _in_front(self.graph))
 
     @property
     def _outputs(self) -> list[Any]:
@@ -98,7 +118,9 @@ class KerasRegion:
         return f"{len(self.frozen)} of {len(self.graph.calls)} calls are frozen; kept: {handed}"
 
 
-def find_region(model: keras.Model, x: Any, *, wrapped: bool = False) -> KerasRegion:
+def find_region(
+    model: keras.Model, x: Any, *, wrapped: bool = False, draws: bool = False
+) -> KerasRegion:
     """The frozen region under the model's present `trainable` flags and modes.
 
     Args:
@@ -106,6 +128,7 @@ def find_region(model: keras.Model, x: Any, *, wrapped: bool = False) -> KerasRe
         x: real samples as arrays, in the structure that the model takes, samples first; a few
             are tried (and the model's state is put back afterwards).
         wrapped: the model's `call` is replaced, and runs the recorded graph all the same.
+        draws: let in calls that draw random numbers in training, before any weights are used.
 
     Raises:
         FrontierError: a model without a graph, or samples that do not fit its inputs.
@@ -121,12 +144,17 @@ def find_region(model: keras.Model, x: Any, *, wrapped: bool = False) -> KerasRe
     samples = flat_inputs(model, x)
     reasons: dict[str, str] = {}
     candidates = _grown(graph, lambda call: _trains(call, reasons))
-    shared: dict[Value, NDArray[Any]] = {}
-    if candidates:
-        trial = _Trial(graph, candidates, samples)
-        candidates = _grown(graph, lambda call: trial.verdict(call, candidates, reasons))
-        shared = trial.shared
-    return _region(graph, candidates, shared, reasons)
+    if not candidates:
+        return _region(graph, candidates, {}, reasons)
+    if not draws and (region := _at_once(graph, candidates, samples, reasons)) is not None:
+        return region
+    trial = _Trial(graph, candidates, samples, draws=draws)
+    candidates = _grown(graph, lambda call: trial.verdict(call, candidates, reasons))
+    region = _region(graph, candidates, trial.shared, reasons, draws=trial.drawing)
+    if region.frontier:
+        # The layers were called for the trial; the part of it that is frozen needs no more calls.
+        region.built["frozen"] = trial.model_to(region.frontier)
+    return region
 
 
 def frozen_model(region: KerasRegion) -> keras.Model:
@@ -204,6 +232,7 @@ def _region(
     frozen: Sequence[Call],
     shared: Mapping[Value, NDArray[Any]],
     reasons: Mapping[str, str],
+    draws: Collection[str] = (),
 ) -> KerasRegion:
     inside = {id(call) for call in frozen}
     outputs = [v for v in keras.tree.flatten(graph.outputs) if isinstance(v, Value)]
@@ -220,40 +249,112 @@ def _region(
         tuple(value for value in read if value in set(graph.inputs)),
         {value: shared[value] for value in read if value in shared},
         dict(reasons),
+        tuple(call.name for call in frozen if call.name in draws),
     )
+
+
+def _in_front(graph: Graph) -> list[Call]:
+    """The calls that nothing with weights leads to."""
+    return _grown(graph, lambda call: not getattr(call.operation, "weights", ()))
+
+
+def seed_states(call: Call) -> list[keras.Variable]:
+    """The states of random seeds among a call's variables."""
+    weights = {id(v) for v in getattr(call.operation, "weights", ())}
+    return [v for v in call.variables if id(v) not in weights]
 
 
 # -- by trial ------------------------------------------------------------------------------------
 
 
+def _at_once(
+    graph: Graph,
+    candidates: Sequence[Call],
+    samples: Sequence[NDArray[Any]],
+    reasons: Mapping[str, str],
+) -> KerasRegion | None:
+    """The region if all candidates are frozen indeed; None: they have to be told apart.
+
+    Only what they hand over is looked at: in training and in other company, against inference.
+    """
+    region = _region(graph, candidates, {}, reasons)
+    if not region.frontier:
+        return None
+    model = frozen_model(region)
+    variables = [variable for _, variable in region.variables]
+    with put_back(variables) as before:
+        calm = run(model, _batch(samples, _TRIED), training=False)
+        mixed = run(model, _batch(samples, _MIXED), training=True)
+        silent = all(same_bits(before[id(v)], as_numpy(v)) for v in variables)
+        silent = silent and not any(layer.losses for layer in walk(candidates))
+    alone = all(
+        one.shape[:1] == (len(_TRIED),)
+        and other.shape[:1] == (len(_MIXED),)
+        and close(other, one[list(_MIXED)])
+        for one, other in zip(calm, mixed, strict=True)
+    )
+    return region if silent and alone else None
+
+
+def _batch(samples: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[NDArray[Any]]:
+    count = len(samples[0])
+    return [array[[row % count for row in rows]] for array in samples]
+
+
 class _Trial:
-    """What candidates do with real samples."""
+    """What candidates do with real samples.
+
+    Args:
+        graph, candidates, samples: whose calls, which of them, on what.
+        draws: let in what draws random numbers before any weights are used.
+    """
 
     def __init__(
-        self, graph: Graph, candidates: Sequence[Call], samples: Sequence[NDArray[Any]]
+        self,
+        graph: Graph,
+        candidates: Sequence[Call],
+        samples: Sequence[NDArray[Any]],
+        *,
+        draws: bool = False,
     ) -> None:
         self.shared: dict[Value, NDArray[Any]] = {}
+        self.drawing: set[str] = set()
+        self._candidates = {id(call) for call in candidates}
+        self._draws = draws
+        self._front = {id(call) for call in _in_front(graph)} if draws else set()
         self._values = [value for call in candidates for value in call.outputs]
-        inputs, known = replica(graph, graph.inputs, self._values, shared={})
-        model = keras.Model(inputs, [known[value] for value in self._values])
-        count = len(samples[0])
-        tried = [array[[row % count for row in _TRIED]] for array in samples]
-        mixed = [array[[_TRIED[row] % count for row in _MIXED]] for array in samples]
+        self._inputs, self._known = replica(graph, graph.inputs, self._values, shared={})
+        self._model = self.model_to(self._values)
         variables = [variable for _, variable in variables_of(candidates)]
+        seeds = [v for call in candidates for v in seed_states(call)] if draws else []
         with put_back(variables) as before:
-            self._first = self._run(model, tried, training=True)
+
+            def again(rows: Sequence[int], *, training: bool) -> dict[Value, NDArray[Any]]:
+                for variable in seeds:
+                    variable.assign(before[id(variable)])
+                return self._run(samples, rows, training=training)
+
+            self._first = again(_TRIED, training=True)
             self._changed = {
                 id(v) for v in variables if not same_bits(before[id(v)], as_numpy(v))
             }  # fmt: skip
             self._losses = {id(layer) for layer in walk(candidates) if layer.losses}
-            self._again = self._run(model, tried, training=True)
-            self._calm = self._run(model, tried, training=False)
-            self._mixed = self._run(model, mixed, training=True)
+            self._again = again(_TRIED, training=True)
+            self._calm = again(_TRIED, training=False)
+            # What is drawn depends on the place in the batch: then only the company changes.
+            self._others = again(_COMPANY if draws else _MIXED, training=True)
+        self._random = self._drawn(graph) if draws else set()
+
+    def model_to(self, values: Iterable[Value]) -> keras.Model:
+        """From the inputs to some of the candidates' outputs, through the calls of this trial."""
+        outputs = [self._known[value] for value in values]
+        return keras.Model(self._inputs, outputs, name="frostline_frozen")
 
     def _run(
-        self, model: keras.Model, batch: list[NDArray[Any]], *, training: bool
+        self, samples: Sequence[NDArray[Any]], rows: Sequence[int], *, training: bool
     ) -> dict[Value, NDArray[Any]]:
-        return dict(zip(self._values, run(model, batch, training=training), strict=True))
+        found = run(self._model, _batch(samples, rows), training=training)
+        return dict(zip(self._values, found, strict=True))
 
     def verdict(self, call: Call, candidates: Sequence[Call], reasons: dict[str, str]) -> bool:
         """Whether a candidate, all of whose inputs are frozen, is frozen itself."""
@@ -267,10 +368,12 @@ class _Trial:
     def _why(self, call: Call) -> str:
         layer = call.operation
         if changed := [v for v in call.variables if id(v) in self._changed]:
-            weights = {id(v) for v in getattr(layer, "weights", ())}
-            if all(id(v) not in weights for v in changed):
-                return "draws random numbers in training"
-            return f"changes its {few([v.name for v in changed])} in training"
+            seeds = {id(v) for v in seed_states(call)}
+            if any(id(v) not in seeds for v in changed):
+                return f"changes its {few([v.name for v in changed])} in training"
+            if id(call) not in self._front:
+                return _RANDOM
+            self.drawing.add(call.name)
         if id(layer) in self._losses:
             return "adds to the loss"
         for value in call.outputs:
@@ -278,20 +381,39 @@ class _Trial:
                 return why
         return ""
 
+    def _drawn(self, graph: Graph) -> set[Value]:
+        """The values that follow from random draws: training and inference differ there."""
+        found: set[Value] = set()
+        for call in graph.calls:
+            draws = any(id(v) in self._changed for v in seed_states(call))
+            if id(call) in self._candidates and (draws or not found.isdisjoint(call.inputs)):
+                found.update(call.outputs)
+        return found
+
     def _doubt(self, value: Value) -> str:
         first, again = self._first[value], self._again[value]
         if not same_bits(first, again):
             return "gives another result when it runs again"
-        if not same_bits(first, self._calm[value]):
+        if value not in self._random and not same_bits(first, self._calm[value]):
             return "computes something else in inference"
-        mixed = self._mixed[value]
-        if len(first.shape) and (len(first), len(mixed)) == (len(_TRIED), len(_MIXED)):
-            alone = first[list(_MIXED)]
-            return "" if close(mixed, alone) else "mixes the samples of a batch"
-        if same_bits(first, mixed):
+        if len(first.shape) and len(first) == len(_TRIED) and self._has_rows(value):
+            return "" if self._is_alone(value) else "mixes the samples of a batch"
+        if value not in self._random and same_bits(first, self._others[value]):
             self.shared[value] = first
             return ""
         return "gives no row for each sample"
+
+    def _has_rows(self, value: Value) -> bool:
+        """Whether the number of rows follows that of the samples, as far as it was tried."""
+        others = self._others[value]
+        return len(others) == len(_COMPANY if self._draws else _MIXED)
+
+    def _is_alone(self, value: Value) -> bool:
+        """Whether a sample gives the same in the company of others."""
+        first, others = self._first[value], self._others[value]
+        if self._draws:
+            return close(others[:1], first[:1])
+        return close(others, first[list(_MIXED)])
 
 
 @contextmanager
@@ -355,14 +477,16 @@ def run(
 
 
 def as_numpy(value: Any) -> NDArray[Any]:
-    """The values of a tensor or variable, or the array itself."""
+    """The values of a tensor or variable, or the array itself; perhaps a view: do not write."""
     if isinstance(value, np.ndarray):
         return value
-    if isinstance(value, keras.Variable):
+    moves = isinstance(value, keras.Variable)
+    if moves:
         value = keras.ops.convert_to_tensor(value)
     if keras.backend.backend() == "tensorflow" and hasattr(value, "numpy"):
-        # Keras's own way asks for a copy in words that TensorFlow's tensors do not know.
-        return np.asarray(value.numpy())
+        # Keras's own way asks for a copy in words that TensorFlow's tensors do not know; and of
+        # what stays as it is, batches of pictures among it, no copy is needed.
+        return np.asarray(value.numpy() if moves else value)
     return np.asarray(keras.ops.convert_to_numpy(value))
 
 
