@@ -31,11 +31,17 @@ LONG_WHERE_COMPILED = {
 }  # fmt: skip
 
 
+#: Fast on TensorFlow, the first backend; JAX compiles anew for every shape.
+LONG_ON_JAX = {"test_inputs", "test_views"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("KERAS_BACKEND") == "torch":
+    backend = os.environ.get("KERAS_BACKEND")
+    if backend == "torch":
         return
+    long = LONG_WHERE_COMPILED | (LONG_ON_JAX if backend == "jax" else set())
     for item in items:
-        if item.path.parent.name == "keras_suite" and item.path.stem in LONG_WHERE_COMPILED:
+        if item.path.parent.name == "keras_suite" and item.path.stem in long:
             item.add_marker(pytest.mark.slow)
 
 
