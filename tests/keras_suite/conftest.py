@@ -31,17 +31,26 @@ LONG_WHERE_COMPILED = {
 }  # fmt: skip
 
 
-#: Fast on TensorFlow, the first backend; JAX compiles anew for every shape.
-LONG_ON_JAX = {"test_inputs", "test_views"}
+#: What else takes long on one backend, and is fast on another.
+LONG_ON = {
+    "tensorflow": {"test_record", "test_views"},
+    "jax": {"test_callback", "test_frontier", "test_inputs", "test_record", "test_views"},
+}
+#: One of each of these stays fast everywhere.
+FAST = {
+    "test_plans_change_within_one_fit_and_the_proof_says_when",
+    "test_policies_move_the_frontier",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    backend = os.environ.get("KERAS_BACKEND")
+    backend = os.environ.get("KERAS_BACKEND", "")
     if backend == "torch":
         return
-    long = LONG_WHERE_COMPILED | (LONG_ON_JAX if backend == "jax" else set())
+    long = LONG_WHERE_COMPILED | LONG_ON.get(backend, set())
     for item in items:
-        if item.path.parent.name == "keras_suite" and item.path.stem in long:
+        ours = item.path.parent.name == "keras_suite" and item.name not in FAST
+        if ours and item.path.stem in long:
             item.add_marker(pytest.mark.slow)
 
 
