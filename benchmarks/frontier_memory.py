@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -401,15 +402,14 @@ MEMORY_JOBS = (
 )
 
 
-def memory(threads: int, *, quick: bool) -> dict[str, Any]:
-    """Peak resident memory of whole runs, each in a process of its own."""
+def memory(name: str, threads: int, *, quick: bool) -> dict[str, Any]:
+    """Peak resident memory of a whole run without and with the cache, in processes of their own."""
     entries = []
-    for name in MEMORY_JOBS:
-        for cache in ("off", "on"):
-            found = _in_process(name, cache, threads, quick=quick)
-            keys = ("peak_bytes", "before_bytes", "test_accuracy")
-            entries.append({"job": name, "cache": cache, **{k: found[k] for k in keys}})
-    return {"kind": "memory", "title": "Peak resident memory", "entries": entries}
+    for cache in ("off", "on"):
+        found = _in_process(name, cache, threads, quick=quick)
+        keys = ("peak_bytes", "before_bytes", "test_accuracy")
+        entries.append({"job": name, "cache": cache, **{k: found[k] for k in keys}})
+    return {"kind": "memory", "title": name, "entries": entries}
 
 
 def _in_process(name: str, cache: str, threads: int, *, quick: bool) -> dict[str, Any]:
@@ -526,7 +526,7 @@ ABOUT = {
         "needs them."
     ),
 }
-TABLES = {"encodings": encodings_table, "views": views_table, "memory": memory_table}
+TABLES = {"encodings": encodings_table, "views": views_table}
 HEADINGS = {
     "memory": "Memory of whole runs",
     "encodings": "Disk and accuracy by encoding",
@@ -542,30 +542,37 @@ def table(log: Mapping[str, Any]) -> str:
         if not results:
             continue
         lines += ["", f"## {heading}", "", ABOUT[kind]]
+        if kind == "memory":  # one table
+            entries = [entry for result in results for entry in result["entries"]]
+            lines += ["", *memory_table({"entries": entries})]
+            continue
         for result in results:
             entries = result["entries"]
-            about = f"{len(entries[0]['accuracies'])} seeds." if kind != "memory" else ""
+            about = f"{len(entries[0]['accuracies'])} seeds."
             about += f" {result['epochs']} epochs." if kind == "views" else ""
-            lines += ["", f"### {result['title']}", "", *([about, ""] if about else [])]
+            lines += ["", f"### {result['title']}", "", about, ""]
             lines += TABLES[kind](result)
     lines += ["", "Made by `python benchmarks/frontier_memory.py` from `frontier_memory.json`."]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    names = ("memory", "encodings-flowers5", "encodings-trec6", "views-flowers5", "views-caltech20")
+    others = ("encodings-flowers5", "encodings-trec6", "views-flowers5", "views-caltech20")
+    names = (*(f"memory-{job}" for job in MEMORY_JOBS), *others)
     chosen = arguments(__doc__, rounds=5, quick=2, only=names)
     size = {"quick": chosen.quick}
     seeds = chosen.rounds
-    makers: tuple[Callable[[], dict[str, Any]], ...] = (
-        lambda: memory(chosen.threads, **size),
-        lambda: encodings_on_pictures(seeds, **size),
-        lambda: encodings_on_texts(seeds, **size),
-        lambda: views_on_flowers(seeds, **size),
-        lambda: views_on_caltech(seeds, **size),
-    )
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        f"memory-{job}": partial(memory, job, chosen.threads, **size) for job in MEMORY_JOBS
+    }
+    makers |= {
+        "encodings-flowers5": lambda: encodings_on_pictures(seeds, **size),
+        "encodings-trec6": lambda: encodings_on_texts(seeds, **size),
+        "views-flowers5": lambda: views_on_flowers(seeds, **size),
+        "views-caltech20": lambda: views_on_caltech(seeds, **size),
+    }
     start = time.monotonic()
-    gather("frontier_memory", chosen, dict(zip(names, makers, strict=True)), table)
+    gather("frontier_memory", chosen, makers, table)
     print(f"took {time.monotonic() - start:.0f} s")
 
 
