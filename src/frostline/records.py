@@ -37,6 +37,8 @@ __all__ = [
 ]
 
 RECORD_NAME = "record.jsonl"
+#: The declaration of a study, in the folder that holds its runs.
+STUDY_NAME = "study.json"
 #: What may lie beside it: probes of the layer groups, and a diagnosis.
 PROBES_NAME = "probes.json"
 DIAGNOSIS_NAME = "diagnosis.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from frostline.errors import DataError, FrostlineError
-from frostline.records import DIAGNOSIS_NAME, PROBES_NAME, RECORD_NAME
+from frostline.records import DIAGNOSIS_NAME, PROBES_NAME, RECORD_NAME, STUDY_NAME
 
 __all__ = ["Page", "Phase", "Render", "State", "Watched"]
 
@@ -182,7 +182,7 @@ def _phase(records: Sequence[Path], paths: Sequence[Path]) -> Phase:
 
 def _lacks_runs(path: Path) -> bool:
     """Whether this is a study with runs to come."""
-    if not (path / "study.json").is_file():
+    if not (path / STUDY_NAME).is_file():
         return False
     try:
         # Runs are watched without what comparing them needs.

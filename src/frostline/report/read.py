@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from frostline import _io
 from frostline.errors import DamagedFile, DataError
-from frostline.records import DIAGNOSIS_NAME, PROBES_NAME, RECORD_NAME, RunRecord, read_run
+from frostline.records import (
+    DIAGNOSIS_NAME,
+    PROBES_NAME,
+    RECORD_NAME,
+    STUDY_NAME,
+    RunRecord,
+    read_run,
+)
 
 if TYPE_CHECKING:
     from frostline.study.analysis import Comparison
 
 __all__ = ["Proof", "ReportRun", "Runs", "read_runs"]
 
-_STUDY = "study.json"
 #: Settings that are not what a run is about: by them alone two runs are not told apart.
 _ASIDE = {"policy", "seed", "output", "device", "threads"}
 _MAX_BYTES = 64 * 2**20
@@ -122,7 +128,7 @@ def read_runs(paths: Iterable[str | Path]) -> Runs:
         MissingExtra: a study, and the extra that compares its arms is absent.
     """
     given = [Path(path) for path in paths]
-    studies = [path for path in given if (path / _STUDY).is_file()]
+    studies = [path for path in given if (path / STUDY_NAME).is_file()]
     if studies and len(given) > 1:
         raise DataError(
             "report on these folders together",

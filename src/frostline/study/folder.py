@@ -10,6 +10,7 @@ from pathlib import Path
 
 from frostline import _io
 from frostline.errors import DataError
+from frostline.records import STUDY_NAME
 from frostline.study.spec import StudySpec
 
 __all__ = ["StudyFolder", "TrialKey", "run_order"]
@@ -36,7 +37,7 @@ class StudyFolder:
     @property
     def declaration(self) -> Path:
         """What is compared."""
-        return self.path / "study.json"
+        return self.path / STUDY_NAME
 
     @property
     def lock(self) -> Path:

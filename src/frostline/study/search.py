@@ -203,7 +203,7 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
             direction="maximize",
             load_if_exists=True,
         )
-        _Halving(folder, whole, trials, over, isolate, on_event).run(steps, factor)
+        _Halving(folder, whole, seed, trials, over, isolate, on_event).run(steps, factor)
         rows = _rows(trials, folder, whole, seed)
         samples = whole_run if over == "data" else max(row.samples for row in rows)
         return Sweep(path, rows, config.epochs, samples)
@@ -216,6 +216,7 @@ class _Halving:
     Attributes:
         folder: of the sweep.
         spec: its policies and settings.
+        seed: of all runs.
         trials: where Optuna keeps them.
         over: what the rungs are made of: over epochs a rung is a pause of the one run, over data
             it is a run of its own.
@@ -225,6 +226,7 @@ class _Halving:
 
     folder: StudyFolder
     spec: StudySpec
+    seed: int
     trials: optuna.Study
     over: Over
     isolate: bool
@@ -251,7 +253,7 @@ class _Halving:
             names = [name for name in names if name in goes_on]
 
     def _key(self, name: str) -> TrialKey:
-        return TrialKey(name, self.spec.seeds[0])
+        return TrialKey(name, self.seed)
 
     def _reach(self, name: str, step: int, *, last: bool) -> _Score | None:
         """What a policy scores at a rung, trained up to there if it is not; None if it failed."""

@@ -26,6 +26,7 @@ from frostline.backends.keras.archive import (
     MAX_JSON_BYTES,
     check_architecture,
     check_h5,
+    loader_errors,
 )
 from frostline.errors import ModelError
 from frostline.tasks.built import Built
@@ -244,17 +245,12 @@ def _keras_hub() -> Any:
 
 def _task(hub: Any, folder: Path, *, load_weights: bool, classes: int | None) -> Any:
     given = {} if classes is None else {"num_classes": classes}
-    try:
+    fix = "a preset of a text classifier that this version of KerasHub can read"
+    with loader_errors(f"load the preset {folder}", fix=fix):
         # The whole path: a bare name may be that of a preset to be downloaded.
         return hub.models.TextClassifier.from_preset(
             str(folder.resolve()), load_weights=load_weights, **given
         )
-    except Exception as error:  # KerasHub's loaders raise all kinds
-        raise ModelError(
-            f"load the preset {folder}",
-            found=" ".join(f"{type(error).__name__}: {error}".split())[:400],
-            fix="a preset of a text classifier that this version of KerasHub can read",
-        ) from error
 
 
 def _length(task: Any, name: str, config: RunConfig) -> int:

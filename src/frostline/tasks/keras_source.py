@@ -31,7 +31,13 @@ import torch
 from torch import Tensor
 
 from frostline import _io
-from frostline.backends.keras.archive import MAX_JSON_BYTES, check_architecture, check_archive
+from frostline.backends.keras.archive import (
+    MAX_JSON_BYTES,
+    UNREADABLE,
+    check_architecture,
+    check_archive,
+    loader_errors,
+)
 from frostline.errors import ModelError
 from frostline.tasks import keras_presets
 from frostline.tasks.built import Built, Kind
@@ -337,21 +343,21 @@ def _application(keras: Any, plan: _Plan, *, weights: str | None) -> Any:
     own_name = inspect.signature(function).parameters.get("name")
     if own_name is not None and own_name.default is None:
         options["name"] = name.lower()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            # Weights of the size nearest to ours are what we want.
-            warnings.filterwarnings("ignore", message=".*input_shape. is undefined or non-square")
-            body = function(
-                include_top=False,
-                weights=weights,
-                pooling="avg",
-                input_shape=(plan.side, plan.side, 3),
-                **options,
-            )
-    except Exception as error:  # Keras raises bare ones where a download fails
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        fix = _OFFLINE if weights else "another image_size, or other options"
-        raise ModelError(f"build {plan.name}", found=found, fix=fix) from error
+    fix = _OFFLINE if weights else "another image_size, or other options"
+    with (
+        loader_errors(f"build {plan.name}", fix=fix),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        # Weights of the size nearest to ours are what we want.
+        warnings.filterwarnings("ignore", message=".*input_shape. is undefined or non-square")
+        body = function(
+            include_top=False,
+            weights=weights,
+            pooling="avg",
+            input_shape=(plan.side, plan.side, 3),
+            **options,
+        )
     settle_names(body.layers)
     return body
 
@@ -384,14 +390,8 @@ def _assign_layers(
 
 def _from_file(keras: Any, path: Path, config: RunConfig) -> tuple[_Plan, Any, _Head | None]:
     description = check_archive(path)
-    try:
+    with loader_errors(f"load the Keras model {path}", fix=UNREADABLE):
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # Keras's loaders raise all kinds
-        raise ModelError(
-            f"load the Keras model {path}",
-            found=" ".join(f"{type(error).__name__}: {error}".split())[:400],
-            fix="a file that this version of Keras can read: save it again with model.save",
-        ) from error
     body, dense, activation = _cut(path, model)
     if config.weights == "random":
         body = keras.models.clone_model(body)
@@ -524,14 +524,9 @@ def _side(path: Path, body: Any, config: RunConfig) -> int:
 
 
 def _body_of_json(keras: Any, text: str) -> Any:
-    try:
+    fix = "a version of Keras near the one that saved it"
+    with loader_errors(f"build the model of {ARCHITECTURE_FILE}", fix=fix):
         return keras.models.model_from_json(text)
-    except Exception as error:  # as above
-        raise ModelError(
-            f"build the model of {ARCHITECTURE_FILE}",
-            found=" ".join(f"{type(error).__name__}: {error}".split())[:400],
-            fix="a version of Keras near the one that saved it",
-        ) from error
 
 
 def _write_architecture(text: str, folder: str) -> None:

@@ -104,12 +104,12 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._resident = ResidentPeak()
-        if device.type == "cuda":
+        self._resident = None if device.type == "cuda" else ResidentPeak()
+        if self._resident is None:
             torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> int:
         """Bytes."""
-        if self._device.type == "cuda":
+        if self._resident is None:
             return torch.cuda.max_memory_allocated(self._device)
         return self._resident.read()

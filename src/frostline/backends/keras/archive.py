@@ -10,6 +10,7 @@ the file.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import zipfile
@@ -20,9 +21,19 @@ from typing import Any
 
 from frostline.errors import ModelError
 
-__all__ = ["BAD_FILE", "MAX_JSON_BYTES", "check_architecture", "check_archive", "check_h5"]
+__all__ = [
+    "BAD_FILE",
+    "MAX_JSON_BYTES",
+    "UNREADABLE",
+    "check_architecture",
+    "check_archive",
+    "check_h5",
+    "loader_errors",
+]
 
 MAX_JSON_BYTES = 64_000_000
+#: What to do about a `.keras` file that Keras cannot load.
+UNREADABLE = "a file that this version of Keras can read: save it again with model.save"
 MAX_WEIGHTS_BYTES = 16 << 30
 MAX_OBJECTS = 200_000
 _MAX_DEPTH = 200
@@ -50,6 +61,22 @@ _OWN_CODE = (
     "a model of Keras's own layers; build one with code of your own in a function, and name that: "
     "'package.module:callable'; or read its weights: load_weights(model, path)"
 )
+
+
+@contextlib.contextmanager
+def loader_errors(asked: str, *, fix: str) -> Iterator[None]:
+    """Whatever one of Keras's loaders raises inside, as a `ModelError`: they raise all kinds.
+
+    Args:
+        asked: what was to be done.
+        fix: what would work.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            asked, found=" ".join(f"{type(error).__name__}: {error}".split())[:400], fix=fix
+        ) from error
 
 
 def check_archive(path: Path) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from typing import cast
 
 import keras
 
-from frostline.backends.keras.archive import check_archive
-from frostline.errors import ModelError
+from frostline.backends.keras.archive import UNREADABLE, check_archive, loader_errors
 
 __all__ = ["load_model"]
 
@@ -36,11 +35,5 @@ def load_model(path: str | Path) -> keras.Model:
     """
     path = Path(path)
     check_archive(path)
-    try:
+    with loader_errors(f"load the Keras model {path}", fix=UNREADABLE):
         return cast("keras.Model", keras.saving.load_model(path, compile=False, safe_mode=True))
-    except Exception as error:  # Keras's loaders raise all kinds
-        raise ModelError(
-            f"load the Keras model {path}",
-            found=" ".join(f"{type(error).__name__}: {error}".split())[:400],
-            fix="a file that this version of Keras can read: save it again with model.save",
-        ) from error

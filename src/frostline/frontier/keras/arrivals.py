@@ -97,8 +97,18 @@ class Arrivals:
             FrontierError: samples of another shape than the first; values that cannot be kept.
             StorageError: the disk refuses.
         """
+        return self._values(batch, self._digests(batch, report), report, counted=counted)
+
+    def _values(
+        self,
+        batch: Sequence[NDArray[Any]],
+        digests: list[bytes],
+        report: CacheReport,
+        *,
+        counted: bool = False,
+    ) -> tuple[Arrays, bool]:
+        """What `read` gives of samples whose digests are known."""
         began = time.perf_counter()
-        digests = self._digests(batch)
         values, good = self._stored(digests, report)
         report.read_s += time.perf_counter() - began
         if counted:
@@ -124,8 +134,8 @@ class Arrivals:
         Raises:
             FrontierError: there is no room for them.
         """
-        self.read(batch, report)
-        found = row_digests(batch)
+        found = self._digests(batch, report)
+        self._values(batch, found, report)
         if self._contents is None or not all(digest in self._contents for digest in found):
             raise FrontierError(
                 f"keep the frontier of more than {len(self._contents or ()):,} samples",
@@ -199,7 +209,9 @@ class Arrivals:
 
     # -- storing ---------------------------------------------------------------------------------
 
-    def _digests(self, batch: Sequence[NDArray[Any]]) -> list[bytes]:
+    def _digests(self, batch: Sequence[NDArray[Any]], report: CacheReport) -> list[bytes]:
+        """What each sample is; raises `FrontierError` for samples of another shape."""
+        began = time.perf_counter()
         shapes = [array.shape[1:] for array in batch]
         if not self._shapes:
             self._shapes = shapes
@@ -210,7 +222,9 @@ class Arrivals:
                 found=f"samples of shape {shapes} where {self._shapes} began",
                 fix="bring all samples to one shape, or train uncached: cache=False",
             )
-        return row_digests(batch)
+        found = row_digests(batch)
+        report.read_s += time.perf_counter() - began
+        return found
 
     def _stored(
         self, digests: Sequence[bytes], report: CacheReport

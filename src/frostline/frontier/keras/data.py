@@ -50,17 +50,26 @@ class FrontierBatches(keras.utils.PyDataset):
         super().__init__()
         self._data, self._targets, self._batch_size = data, targets, batch_size
         self._shuffle, self._seed, self.epoch = shuffle, seed, 0
+        self._newest: tuple[int, NDArray[np.int64]] | None = None  # epoch, and its order
 
     def __len__(self) -> int:
         return math.ceil(len(self._data) / self._batch_size)
 
     def rows(self, index: int, *, epoch: int | None = None) -> NDArray[np.int64]:
         """Numbers of the samples of one batch; of the present epoch, if none is given."""
-        order = np.arange(len(self._data))
-        if self._shuffle:
-            drawn = np.random.default_rng([self._seed, self.epoch if epoch is None else epoch])
-            order = drawn.permutation(order)
+        order = self._order(self.epoch if epoch is None else epoch)
         return order[index * self._batch_size : (index + 1) * self._batch_size]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """Of all samples in an epoch; the newest one is kept for the batches to come."""
+        newest = self._newest
+        if newest is None or newest[0] != epoch:
+            order = np.arange(len(self._data))
+            if self._shuffle:
+                order = np.random.default_rng([self._seed, epoch]).permutation(order)
+            # Whole at once: other threads may read another epoch.
+            newest = self._newest = epoch, order
+        return newest[1]
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Any, ...]:
         """Values and targets of these samples."""
@@ -215,14 +224,10 @@ def stored(
     region = _found(model, keras.tree.map_structure(lambda array: np.asarray(array[:3]), x))
     report = CacheReport()
     with contextlib.ExitStack() as stack:
-        stores = stack.enter_context(
-            Stores(
-                model, [samples], library=library, encoding=encoding, most_bytes=most_bytes,
-                report=report,
-            )
+        stores, use = _opened(
+            stack, model, [samples], region, library=library, encoding=encoding,
+            most_bytes=most_bytes, report=report,
         )  # fmt: skip
-        use = stores.use(region, ())
-        stack.callback(use.close)
         stores.fill(use, Use())
         report.stored_bytes = use.shelves[0].bytes_on_disk
 
@@ -258,14 +263,10 @@ def gathered(
     region = _found(model, _parts(first)[0])
     report = CacheReport()
     with contextlib.ExitStack() as stack:
-        stores = stack.enter_context(
-            Stores(
-                model, [], library=library, encoding=encoding, most_bytes=most_bytes,
-                report=report,
-            )
+        stores, use = _opened(
+            stack, model, [], region, library=library, encoding=encoding,
+            most_bytes=most_bytes, report=report,
         )  # fmt: skip
-        use = stores.use(region, ())
-        stack.callback(use.close)
         arrivals = stores.arrivals(use, passed=True)
         order: list[bytes] = []
         targets = []
@@ -284,6 +285,20 @@ def gathered(
             use.rest, region, read, len(order),
             targets=_joined(targets), report=report, stack=stack.pop_all(),
         )  # fmt: skip
+
+
+def _opened(
+    stack: contextlib.ExitStack,
+    model: keras.Model,
+    sources: Sequence[Samples],
+    region: KerasRegion,
+    **kept: Any,
+) -> tuple[Stores, Use]:
+    """Stores for a region, and what runs on them; both are closed with the stack."""
+    stores = stack.enter_context(Stores(model, sources, **kept))
+    use = stores.use(region, ())
+    stack.callback(use.close)
+    return stores, use
 
 
 def _found(model: keras.Model, x: Any) -> KerasRegion:
