@@ -93,6 +93,17 @@ def test_the_order_of_policies_does_not_decide_who_is_stopped(tmp_path: Path):
     assert one == other
 
 
+def test_each_seed_is_a_sweep_of_its_own_in_the_same_folder(tmp_path: Path):
+    first, second = (tiny(tmp_path, POLICIES[:2], seed=seed) for seed in (0, 1))
+    alone = tiny(tmp_path, POLICIES[:2], seed=1, output=tmp_path / "alone" / "sweep")
+    shown = [
+        [(r.arm, r.state, r.epochs, r.val_accuracy) for r in found.rows]
+        for found in (second, alone)
+    ]
+    assert shown[0] == shown[1]
+    assert tiny(tmp_path, POLICIES[:2]).rows == first.rows
+
+
 def test_a_sweep_goes_on_after_an_interrupt_and_takes_more_policies(tmp_path: Path):
     straight = tiny(tmp_path, output=tmp_path / "straight" / "sweep")
     seen: list[str] = []

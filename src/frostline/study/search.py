@@ -167,7 +167,7 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
             training samples (`train_samples`), the classes in their proportions.
         first: epochs or samples that each policy gets, >= 1; by default 1 epoch or 100 samples.
         factor: of those that reach a rung, one in so many goes on; >= 2.
-        seed: of all runs.
+        seed: of all runs; each seed is a sweep of its own, also in one folder.
         storage: where Optuna keeps the trials; by default ``trials.db`` in the folder.
         isolate: give each run a process of its own.
         on_event: receives progress.
@@ -193,7 +193,7 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
         first = first if first is not None else _FIRST_SAMPLES
         whole_run = len(read_data(config).targets("train"))
     steps = rungs(whole_run, first=first, factor=factor)
-    suffix = "" if over == "epochs" else "-data"
+    suffix = ("" if over == "epochs" else "-data") + (f"-seed-{seed}" if seed else "")
     path = Path(output)
     with open_study(path, spec) as (folder, whole), _quiet():
         kept = storage or f"sqlite:///{(path / 'trials.db').resolve()}"
