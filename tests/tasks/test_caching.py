@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from hypothesis import strategies as st
 import frostline
 from faulty_disk import QuickDisk, use_disk
 from frostline.backends.torch.checkpoint import checkpoint_folders
-from frostline.errors import ConfigError
+from frostline.errors import ConfigError, DataError
 from frostline.frontier.cache import BLOCK
 from frostline.tasks import image
 from frostline.tasks.caching import SplitSource, build_cache
 from frostline.tasks.config import load_config
+from frostline.tasks.image import ImagePreparation
 from frostline.tasks.order import views_of
 from frostline.tasks.run import Run
 from frostline.tasks.task import Task, load_task
@@ -468,6 +471,69 @@ def test_blocks_are_the_samples_in_order_in_one_view(workers: int):
         assert len(whole.args[0]) == size
     plain = source.load([BLOCK], [0]).args[0]
     assert torch.equal(plain, blocks[BLOCK].args[0][:1].flip(-1))
+
+
+def quiet(task: Task) -> Task:
+    """The same task, its transform said to be one of a library."""
+    assert isinstance(task.preparation, ImagePreparation)
+    return replace(task, preparation=replace(task.preparation, spec={"source": "timm"}))
+
+
+def threads_of(monkeypatch: pytest.MonkeyPatch, *, fail_at: int = -1) -> list[str]:
+    """Names of the threads that open pictures, in turn; one of them cannot be opened."""
+    seen: list[str] = []
+    opened = image.open_picture
+
+    def watched(raw: Any) -> Any:
+        seen.append(threading.current_thread().name.partition("_")[0])
+        if len(seen) - 1 == fail_at:
+            raise DataError("read a picture", found="nothing")
+        return opened(raw)
+
+    monkeypatch.setattr(image, "open_picture", watched)
+    return seen
+
+
+def loading() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("frostline-load")]
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_the_next_pictures_are_prepared_beside_the_computing(augment: str, monkeypatch):
+    source = source_of(quiet(load(augment=augment)))
+    whole = source.load(range(TRAIN), [1] * TRAIN).args[0]
+    seen = threads_of(monkeypatch)
+    blocks = [example.args[0] for _, example in source.blocks([0, BLOCK], 1)]
+    assert torch.equal(torch.cat(blocks), whole)
+    assert seen == ["MainThread"] * BLOCK + ["frostline-load"] * (TRAIN - BLOCK)
+    assert not loading()
+
+
+@pytest.mark.parametrize(
+    "task", [lambda: quiet(load(augment="basic")), lambda: load(augment="none")]
+)
+def test_what_may_draw_at_random_is_prepared_by_the_main_thread(task: Any, monkeypatch):
+    seen = threads_of(monkeypatch)
+    assert len(list(source_of(task()).blocks([0, BLOCK], 1))) == 2
+    assert set(seen) == {"MainThread"}
+
+
+def test_a_picture_that_cannot_be_read_ahead_is_told_where_it_is_wanted(monkeypatch):
+    source = source_of(quiet(load(augment="none")))
+    threads_of(monkeypatch, fail_at=BLOCK + 1)
+    blocks = source.blocks([0, BLOCK], 0)
+    assert next(blocks)[0] == 0
+    with pytest.raises(DataError, match="read a picture"):
+        next(blocks)
+    assert not loading()
+
+
+def test_reading_ahead_ends_when_nobody_wants_more(monkeypatch):
+    source = source_of(quiet(load(augment="none")))
+    blocks = source.blocks([0, BLOCK, 0, BLOCK, 0, BLOCK] * 3, 0)
+    assert [next(blocks)[0], next(blocks)[0]] == [0, BLOCK]
+    blocks.close()
+    assert not loading()
 
 
 def test_views_that_change_nothing_are_not_prepared_apart():

@@ -1057,15 +1057,18 @@ def _block(first: int, view: int, source: Source) -> NDArray[np.int64]:
 
 
 def _heaps(blocks: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:
-    """Some blocks at a time: a few, or fewer where their inputs are large."""
+    """Some blocks at a time: a few, or fewer where their inputs are large.
+
+    One at first, then two, and so on: while these are computed, a source may prepare the next.
+    """
     heap: list[tuple[int, Example]] = []
-    held_bytes = 0
+    held_bytes, most = 0, 1
     for first, example in blocks:
         heap.append((first, example))
         held_bytes += sum(t.nbytes for t in tensors_of((example.args, dict(example.kwargs))))
-        if len(heap) == _HEAP_BLOCKS or held_bytes >= _HEAP_BYTES:
+        if len(heap) >= most or held_bytes >= _HEAP_BYTES:
             yield heap
-            heap, held_bytes = [], 0
+            heap, held_bytes, most = [], 0, min(2 * most, _HEAP_BLOCKS)
     if heap:
         yield heap
 

@@ -7,7 +7,9 @@ run. Which views a sample is seen in, and in which order, is the same with and w
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from frostline.frontier.cache import BLOCK, FrontierCache
 from frostline.frontier.feature_augment import read_feature_augment
 from frostline.frontier.identity import fingerprint
 from frostline.frontier.library import Library
+from frostline.frontier.structure import tensors_of
 from frostline.tasks.image import ImagePreparation
 from frostline.tasks.task import Batch, Split, Task
 from frostline.tasks.text import PresetPreparation, TextPreparation
@@ -31,6 +34,10 @@ __all__ = ["RunCache", "SplitSource", "build_cache"]
 
 _log = logging.getLogger("frostline")
 _AUTO_GAIN = 0.05
+#: Blocks prepared ahead while others are computed, and how large they may be together.
+_AHEAD_BLOCKS, _AHEAD_BYTES = 8, 64 << 20
+#: Whose transforms are known to draw nothing; a user's own function may.
+_QUIET_SOURCES = ("timm", "torchvision", "hf")
 #: Samples kept in memory as they were prepared: texts are small, and read at each step.
 _KEPT_SAMPLES = 1_000_000
 
@@ -75,8 +82,9 @@ class SplitSource:
         """The same for blocks of consecutive samples, prepared by the run's workers."""
         spans = [range(first, min(first + BLOCK, self.samples)) for first in firsts]
         if not self._task.config.workers:
-            for first, span in zip(firsts, spans, strict=True):
-                yield first, self.load(span, [view] * len(span))
+            load = lambda span: self.load(span, [view] * len(span))  # noqa: E731
+            found = _ahead(load, spans) if self._repeats else map(load, spans)
+            yield from zip(firsts, found, strict=True)
             return
         seen = view if self._augmented else None
         loader = DataLoader(
@@ -89,6 +97,14 @@ class SplitSource:
         for first, batch in zip(firsts, loader, strict=True):
             yield first, _example(batch)
 
+    @property
+    def _repeats(self) -> bool:
+        """Whether preparing draws nothing from the process's random streams, by any thread."""
+        how = self._task.preparation
+        if not isinstance(how, ImagePreparation) or how.spec["source"] not in _QUIET_SOURCES:
+            return False
+        return not self._augmented or how.augment in ("none", "flip")
+
     def _sample(self, index: int, view: int) -> Any:
         key = index, view if self._augmented else None
         if self.fixed:
@@ -96,6 +112,26 @@ class SplitSource:
         if index not in self._kept and len(self._kept) < _KEPT_SAMPLES:
             self._kept[index] = self._split[key]
         return self._kept[index] if index in self._kept else self._split[key]
+
+
+def _ahead(load: Callable[[range], Example], spans: Sequence[range]) -> Iterator[Example]:
+    """Loaded spans in order; a thread loads the next ones while the caller computes."""
+    if not spans:
+        return
+    yield (first := load(spans[0]))
+    block_bytes = sum(t.nbytes for t in tensors_of((first.args, dict(first.kwargs))))
+    depth = min(_AHEAD_BLOCKS, max(1, _AHEAD_BYTES // max(1, block_bytes)))
+    thread = ThreadPoolExecutor(1, "frostline-load")
+    try:
+        coming: deque[Future[Example]] = deque()
+        for span in spans[1:]:
+            coming.append(thread.submit(load, span))
+            if len(coming) > depth:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)
