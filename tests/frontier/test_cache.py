@@ -156,6 +156,18 @@ def test_a_plan_that_never_moves(library: Library) -> None:
     assert source.blocked == 3
 
 
+def test_a_setting_that_keeps_changing_ends_the_cache(library: Library) -> None:
+    """Finding the region anew for each step costs more than the cache saves."""
+
+    def turn(model: nn.Module, step: int) -> None:
+        vars(model.blocks)["turned"] = step
+
+    cache, _ = compare(library, turn, epochs=3)
+    assert cache.report.batches == 15
+    assert cache.report.replayed == module.PATIENCE
+    assert cache.report.notes[-1] == "not cached any more: blocks.turned has changed 5 times"
+
+
 # -- the plan moves ------------------------------------------------------------------------------
 
 

@@ -31,7 +31,6 @@ from frostline.backends.torch.digest import (
 )
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.random_state import mix
-from frostline.backends.torch.tracing import leave_untouched
 from frostline.errors import FrontierError, StorageError
 from frostline.frontier.arrays import to_numpy, to_torch
 from frostline.frontier.encodings import Encoding
@@ -366,6 +365,7 @@ class FrontierCache:
         self._modules = tuple(self._root.modules())
         self._found: dict[Any, Region | str] = {}
         self._unsettled: set[Any] = set()
+        self._moves: dict[Any, int] = {}
         self._uses: dict[str, list[_Use]] = {}
         self._active: dict[str, tuple[Any, _Use | None]] = {}
         self._looks: dict[str, Example] = {}
@@ -575,15 +575,17 @@ class FrontierCache:
         own = batch.source.load(batch.indices[few].tolist(), batch.views[few].tolist())
         real = moved(own, batch.real_device)
         with torch.no_grad():
-            with leave_untouched(self._root):
+            with use.region.untouched():
                 copied = rows_of(real, range(batch_size(real)))
                 full = forward(*copied.args, **copied.kwargs)
             stored = {name: value[few] for name, value in values.items()}
             # Rounded values are compared by themselves: what the rest makes of the rounding is
             # what was asked for.
             rounded = self._encoding != "exact"
-            with leave_untouched(self._root):
-                shown = use.region.fill(real) if rounded else stored
+            with use.region.untouched():
+                # Copies: live code may write into what it is given.
+                copies = {name: value.clone() for name, value in stored.items()}
+                shown = use.region.fill(real) if rounded else copies
                 output = use.region.run(real, shown, forward=forward)
         wrong = difference(full, output)
         culprit = self._culprit(use, real, stored) if wrong or rounded else None
@@ -700,7 +702,10 @@ class FrontierCache:
         example = self._sample(batch)
         kind = state, _built(example)
         found = self._found.get(kind)
-        if found is None or (isinstance(found, Region) and found.changed() is not None):
+        moved = found.changed() if isinstance(found, Region) else None
+        if moved is not None and self._keeps_moving(kind, moved):
+            found = self._found[kind] = f"{moved} keeps changing"
+        elif found is None or moved is not None:
             found = self._found[kind] = self._find(state, example, older)
         if isinstance(found, str):
             return None
@@ -714,6 +719,14 @@ class FrontierCache:
             return same[0]
         uses.append(use)
         return use
+
+    def _keeps_moving(self, kind: Any, name: str) -> bool:
+        """Whether a setting has changed so often that finding the region anew does not pay."""
+        self._moves[kind] = self._moves.get(kind, 0) + 1
+        if self._moves[kind] < PATIENCE:
+            return False
+        self.report.note(f"not cached any more: {name} has changed {PATIENCE} times")
+        return True
 
     def _sample(self, batch: Batch) -> Example:
         """A few samples to find the region with: the first ones, so that it is always the same."""

@@ -38,7 +38,14 @@ from frostline.backends.torch.modes import OWN_ATTRIBUTES, is_held
 from frostline.errors import BackendError
 from frostline.frontier.key import unknown
 
-__all__ = ["Describer", "fingerprint", "package_version"]
+__all__ = [
+    "Describer",
+    "fingerprint",
+    "is_versioned",
+    "package_version",
+    "reached_from",
+    "read_by",
+]
 
 _MAX_DEPTH = 100
 _MAX_NODES = 200_000
@@ -294,13 +301,12 @@ class Describer:
 
     def _versioned(self, module: str | None) -> bool:
         """Whether a version says all about this module's code; its package is then noted."""
+        if not is_versioned(module):
+            return False
         package = (module or "").partition(".")[0]
-        if _is_standard(package):
-            return True
-        if _is_installed(package) and package_version(package) is not None:
+        if not _is_standard(package):
             self.packages.add(package)
-            return True
-        return False
+        return True
 
     # -- objects ---------------------------------------------------------------------------------
 
@@ -476,7 +482,98 @@ def _loaded_names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...
     return tuple(sorted(loaded)), tuple(sorted(named))
 
 
+@functools.lru_cache(maxsize=1000)
+def reached_from(cls: type, start: str = "forward") -> tuple[frozenset[str], tuple[Any, ...]]:
+    """What a method of a class may run and read, by the names that it and those mention.
+
+    Args:
+        cls: the class.
+        start: name of the method.
+
+    Returns:
+        All names mentioned, and the functions of the class whose code carries no version.
+
+    Example:
+        >>> class Scaled(nn.Module):
+        ...     def forward(self, x):
+        ...         return self.grown(x)
+        ...     def grown(self, x):
+        ...         return x * self.by
+        ...     def log(self):
+        ...         return self.history
+        >>> names, functions = reached_from(Scaled)
+        >>> sorted(names), sorted(f.__name__ for f in functions)
+        (['by', 'grown'], ['forward', 'grown'])
+    """
+    mentioned: set[str] = set()
+    own: list[types.FunctionType] = []
+    waiting, met = [start], {start}
+    while waiting:
+        for function in _functions_of(_found_on(cls, waiting.pop())):
+            if not is_versioned(function.__globals__.get("__name__")):
+                own.append(function)
+            _, named = _loaded_names(function.__code__)
+            mentioned.update(named)
+            waiting += [name for name in named if name not in met]
+            met.update(named)
+    return frozenset(mentioned), tuple(own)
+
+
+def _found_on(cls: type, name: str) -> Any:
+    """What a class or its bases hold under a name, as it is: no method is bound."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+
+
+def _functions_of(member: Any) -> Iterator[types.FunctionType]:
+    match member:
+        case types.FunctionType():
+            yield member
+        case staticmethod() | classmethod():
+            yield from _functions_of(member.__func__)
+        case property():
+            for part in (member.fget, member.fset, member.fdel):
+                yield from _functions_of(part)
+
+
+def read_by(function: types.FunctionType) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """What a function reads besides its arguments: (name, mapping, key in it) of each global.
+
+    Of a module whose code carries no version, what the function may name of it.
+
+    Example:
+        >>> def scaled(x):
+        ...     return x * SCALE
+        >>> [name for name, _, _ in read_by(scaled)]
+        []
+        >>> scaled.__globals__["SCALE"] = 2
+        >>> [name for name, _, _ in read_by(scaled)]
+        ['SCALE']
+    """
+    loaded, named = _loaded_names(function.__code__)
+    for name in loaded:
+        if name not in function.__globals__:
+            continue
+        value = function.__globals__[name]
+        yield name, function.__globals__, name
+        if isinstance(value, types.ModuleType) and not is_versioned(value.__name__):
+            own = vars(value)
+            yield from ((f"{name}.{inner}", own, inner) for inner in named if inner in own)
+
+
 # -- packages ------------------------------------------------------------------------------------
+
+
+def is_versioned(module: str | None) -> bool:
+    """Whether a version says all about the code of a module: Python's own, or an installed one.
+
+    Example:
+        >>> is_versioned("torch.nn"), is_versioned("__main__")
+        (True, False)
+    """
+    package = (module or "").partition(".")[0]
+    return _is_standard(package) or (
+        _is_installed(package) and package_version(package) is not None
+    )
 
 
 @functools.cache

@@ -388,6 +388,7 @@ class Region:
         }
         self._by_number = {slot.number: slot for slot in self.slots}
         self._settings = Settings(self._settled())
+        self._writes: tuple[str, ...] = ()
         self._evaluating = [
             inner
             for module in self._modules.values()
@@ -497,6 +498,7 @@ class Region:
             Unsettled: a frozen module has a state that it gets in its first pass only; skipped,
                 it would not get it.
         """
+        self._writes = tuple(writes)
         moved = self._settings.keep_lasting()
         inside = tuple(f"{name}." for name in self._modules)
         if lost := next((n for n in (*writes, *moved) if n.startswith(inside)), None):
@@ -505,6 +507,14 @@ class Region:
                 found=f"{lost} becomes what it will be in the model's first forward pass",
                 fix="run the model on one batch in the mode in which it is trained",
             )
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """`leave_untouched` for passes of this model, the parameters that they write included."""
+        with leave_untouched(self._root) as keep:
+            for name in self._writes:
+                keep(self._root.get_parameter(name))
+            yield
 
     def again(self, example: Example) -> Region:
         """The same region in the model's present modes, rehearsed: for evaluation after training.
@@ -576,7 +586,7 @@ class Region:
             FrontierError: the pass failed.
         """
         own = rows_of(example, range(batch_size(example)))
-        with leave_untouched(self._root):
+        with self.untouched():
             try:
                 output = run(own)
                 return output, _gradients(output, self._root)
@@ -610,7 +620,7 @@ class Region:
         Setting the model back takes some milliseconds, and is done once for all of them.
         """
         done: list[dict[str, Tensor]] = []
-        with leave_untouched(self._root), torch.set_grad_enabled(self._with_grad):
+        with self.untouched(), torch.set_grad_enabled(self._with_grad):
             for example in examples:
                 self._check_given(example)
                 kept = self._filled(example)
@@ -756,7 +766,7 @@ class Region:
         session = Refiller(self._found.script, get, metas, frozenset(self._by_number))
         args, kwargs = self._stand_ins(example, session)
         with (
-            leave_untouched(self._root),
+            self.untouched(),
             torch.set_grad_enabled(self._with_grad),
             overridden(self._modules, session.call),
             hooks_on_values(self._hooked),
@@ -896,7 +906,7 @@ class Region:
     def _learn(self, example: Example) -> None:
         wanted = frozenset(self._by_number) | self._found.constants
         filler = Filler(self._found.script, wanted, stop=False)
-        with leave_untouched(self._root), torch.set_grad_enabled(self._with_grad):
+        with self.untouched(), torch.set_grad_enabled(self._with_grad):
             self._go(example, filler)
         self._remember(example, filler)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frostline.frontier.describe import is_versioned, reached_from, read_by
 from frostline.frontier.standin import StandIn, version_of
 
 __all__ = [
@@ -129,7 +131,12 @@ def hook_tables(module: nn.Module) -> Iterator[dict[int, Any]]:
 
 
 class Settings:
-    """The plain attributes of modules (flags, numbers, names), to notice when one is changed.
+    """What modules compute with besides tensors, to notice when something is changed.
+
+    These are their plain attributes (flags, numbers, names) and, where their code carries no
+    version, what is in the objects and in the globals that `forward` reads, or a method that it
+    calls. Objects and globals of installed packages are not looked into: nobody should change
+    those.
 
     Args:
         modules: by name.
@@ -156,7 +163,13 @@ class Settings:
             for table in _tables(module)
             for key, value in table.items()
         ]
+        self._around = list(_around(modules))
         self._group()
+
+    @property
+    def looked_around(self) -> tuple[str, ...]:
+        """Names of the objects and globals that count, besides plain attributes."""
+        return tuple(name for *_, name in self._around)
 
     def keep_lasting(self) -> list[str]:
         """Forget the attributes that are no longer what they were: what passes leave behind.
@@ -166,6 +179,7 @@ class Settings:
         """
         moved = [seen for seen in self._seen if _differs(*seen[:3])]
         self._seen = [seen for seen in self._seen if not _differs(*seen[:3])]
+        self._around = [seen for seen in self._around if not _looks_other(*seen[:3])]
         self._group()
         return [name for *_, name in moved]
 
@@ -191,6 +205,9 @@ class Settings:
                     continue
             if (name := self._look()) is not None:
                 return name
+        for table, key, glance, name in self._around:
+            if _looks_other(table, key, glance):
+                return name
         return None
 
     def _look(self) -> str | None:
@@ -208,6 +225,72 @@ def _differs(table: Mapping[str, Any], key: str, value: Any) -> bool:
     return now is not value and (
         isinstance(value, Tensor) or type(now) is not type(value) or now != value
     )
+
+
+#: What of a user's own object or container is looked at: so many levels, of so many entries.
+_GLANCE_DEPTH, _GLANCE_ENTRIES = 3, 32
+Seen = tuple[Mapping[str, Any], str, Any, str]
+
+
+def _around(modules: Mapping[str, nn.Module]) -> Iterator[Seen]:
+    """(mapping, key, glance, name) of what modules of the user's own code read."""
+    done: set[tuple[int, str]] = set()
+
+    def once(table: Mapping[str, Any], key: str, name: str) -> Iterator[Seen]:
+        if (id(table), key) not in done:
+            done.add((id(table), key))
+            yield table, key, _glance(table[key]), name
+
+    for place, module in modules.items():
+        own = not is_versioned(type(module).__module__)
+        mentioned, _ = reached_from(type(module))
+        for key, value in vars(module).items():
+            if key in mentioned and _may_hold(value, containers=own):
+                yield from once(vars(module), key, f"{place}.{key}" if place else key)
+    waiting = [f for cls in {type(m) for m in modules.values()} for f in reached_from(cls)[1]]
+    met = set(map(id, waiting))
+    while waiting:
+        for name, table, key in read_by(waiting.pop()):
+            yield from once(table, key, f"the global {name}")
+            value = table[key]
+            if isinstance(value, types.FunctionType) and id(value) not in met:
+                met.add(id(value))
+                if not is_versioned(value.__globals__.get("__name__")):
+                    waiting.append(value)
+
+
+def _may_hold(value: Any, *, containers: bool) -> bool:
+    """Whether an attribute is an object of the user's own, or a container of such code."""
+    if isinstance(value, (*_PLAIN, Tensor, nn.Module)) or callable(value):
+        return False
+    if isinstance(value, (Mapping, list, tuple, deque)):
+        return containers
+    return hasattr(value, "__dict__") and not is_versioned(type(value).__module__)
+
+
+def _glance(value: Any, depth: int = _GLANCE_DEPTH) -> Any:
+    """As `state_of`, but for values that may be large and are looked at in every step."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return state_of(value)
+    if isinstance(value, Mapping):
+        inner: Any = value.items()
+    elif isinstance(value, (list, tuple, deque)):
+        inner = enumerate(value)
+    elif callable(value) or isinstance(value, types.ModuleType) or not hasattr(value, "__dict__"):
+        return id(value)
+    else:
+        inner = () if is_versioned(type(value).__module__) else vars(value).items()
+    if depth == 0 or len(value if isinstance(value, (Mapping, list, tuple, deque)) else ()) > (
+        _GLANCE_ENTRIES
+    ):
+        return id(value)
+    return id(value), tuple((str(k), _glance(v, depth - 1)) for k, v in inner)
+
+
+def _looks_other(table: Mapping[str, Any], key: str, glance: Any) -> bool:
+    return key not in table or _glance(table[key]) != glance
 
 
 def _tables(module: nn.Module) -> Iterator[Mapping[str, Any]]:

@@ -37,7 +37,8 @@ class _Slot:
 
     @property
     def tensor(self) -> Tensor | None:
-        return self.table.get(self.key)
+        # The tables of a TorchScript module have no `get`.
+        return self.table[self.key] if self.key in self.table else None  # noqa: SIM401
 
 
 class TensorTable:
@@ -137,7 +138,7 @@ class WriteWatch:
         With a tensor come all watched tensors of the same module: normalisation kernels count
         the write to one of their statistics only.
         """
-        now = [slot.table.get(slot.key) for slot in self._slots]
+        now = [slot.tensor for slot in self._slots]
         versions = [_version(tensor) for tensor in now]
         before, self._seen = self._seen, now
         old, self._versions = self._versions, versions
