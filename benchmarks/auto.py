@@ -74,7 +74,7 @@ SIZES: Mapping[str, Size] = {
     "flowers5-squeezenet": Size(6, {"image_size": 96}),
     "trec6-minilm": Size(4, {"train_samples": 600}),
     "sst2-minilm": Size(4, {"train_samples": 600}),
-    "banking77-minilm": Size(6, {"train_samples": 1000}),
+    "banking77-minilm": Size(4, {"train_samples": 770}),
 }
 
 

@@ -1,8 +1,12 @@
 """Every model of the zoo, trained with and without its frozen region: equal, or refused?
 
 `tests/frontier/zoo.py` holds the models and `tests/frontier/harness.py` the comparison. Each model
-is frozen in several ways; each way is one line of the log `zoo.json`, from which the table
-`zoo.md` is made.
+is frozen in several ways, and trained with a bare region and with the cache that people use; each
+way is one line of the log `zoo.json`, from which the table `zoo.md` is made.
+
+    python benchmarks/zoo.py [--only WORD ...]       # a part is printed, and not written
+    python benchmarks/zoo.py --cache                 # the runs with the cache alone, into the log
+    python benchmarks/zoo.py --report                # the table from the log, no runs
 """
 
 # pyright: reportMissingImports=false
@@ -12,6 +16,7 @@ import argparse
 import json
 import logging
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -26,13 +31,20 @@ import bench
 
 from frontier import harness
 from frontier.zoo import CASES
+from frontier.zoo_cache import compare_cached
 
 NAME = "zoo"
 MADE = "Made by `python benchmarks/zoo.py` from `zoo.json`."
 HOSTILE = (
     "Each breaks something a cache takes for granted; a refusal is a right answer. *for "
-    "verification*: what training code changed between two steps, which only the verification at "
-    "run time can see."
+    "verification*: what training code changed between two steps, which a bare region cannot see "
+    "and the cache must."
+)
+CACHE = (
+    "The same comparison with `FrontierCache`, which stores rows on disk, looks before each step "
+    "whether weights, modes, settings and what the code reads are what they were, compares some "
+    "steps with the full forward pass, and takes that wherever there is no replay. Nothing may "
+    "differ here, and nothing may fail."
 )
 PREFIXES = ("quarter", "half", "three quarters", "all but head")
 GOOD = ("equal", "close")
@@ -65,6 +77,28 @@ def gather(words: list[str]) -> list[dict[str, Any]]:
     return cells
 
 
+def gather_cached(words: list[str]) -> list[dict[str, Any]]:
+    """The same with the library's cache."""
+    cells = []
+    for case in CASES.values():
+        if words and not any(word in case.name for word in words):
+            continue
+        for depth in case.depths:
+            with tempfile.TemporaryDirectory() as folder:
+                found, report = compare_cached(case, depth, Path(folder))
+            cells.append({
+                "case": case.name, "depth": depth, "hostile": case.hostile, "needs": case.needs,
+                "kind": found.kind, "reason": found.reason, "error": found.error,
+                "steps": report.batches if report else 0,
+                "replayed": report.replayed if report else 0,
+                "notes": list(report.notes) if report else [],
+            })  # fmt: skip
+            print(
+                f"cache: {found.kind:10} {case.name} | {depth} | {found.reason[:120]}", flush=True
+            )
+    return cells
+
+
 def verdict(cell: dict[str, Any]) -> str:
     """What a table says of one cell: the outcome, and how much was skipped."""
     kind = cell["kind"]
@@ -80,21 +114,43 @@ def verdict(cell: dict[str, Any]) -> str:
     return text
 
 
-def summary(cells: list[dict[str, Any]]) -> list[str]:
-    """Counts of friendly and of hostile cells."""
-    lines = ["| models | architectures | ways to freeze | " + " | ".join(WORDS) + " |",
-             "|---" * (3 + len(WORDS)) + "|"]  # fmt: skip
-    groups = {
+def parts(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Friendly cells, hostile ones, and those that training code changes."""
+    return {
         "as people write them": [c for c in cells if not c["hostile"]],
         "hostile": [c for c in cells if c["hostile"] and not c["needs"]],
         "changed between steps": [c for c in cells if c["needs"]],
     }
-    for name, rows in groups.items():
+
+
+def summary(cells: list[dict[str, Any]]) -> list[str]:
+    """Counts of friendly and of hostile cells."""
+    lines = ["| models | architectures | ways to freeze | " + " | ".join(WORDS) + " |",
+             "|---" * (3 + len(WORDS)) + "|"]  # fmt: skip
+    for name, rows in parts(cells).items():
         counts = Counter(c["kind"] for c in rows)
         models = len({c["case"] for c in rows})
         numbers = " | ".join(str(counts[kind]) for kind in WORDS)
         lines.append(f"| {name} | {models} | {len(rows)} | {numbers} |")
     return lines
+
+
+def through_cache(cells: list[dict[str, Any]]) -> list[str]:
+    """What the cache made of the same models: counts, and each that is not equal."""
+    kinds = ("equal", "close", "DIFFERENT", "crashed")
+    lines = ["| models | ways to freeze | " + " | ".join(WORDS[k] for k in kinds)
+             + " | steps without the frozen part |", "|---" * (len(kinds) + 3) + "|"]  # fmt: skip
+    for name, rows in parts(cells).items():
+        counts = Counter(c["kind"] for c in rows)
+        steps, replayed = (sum(c[key] for c in rows) for key in ("steps", "replayed"))
+        numbers = " | ".join(str(counts[kind]) for kind in kinds)
+        lines.append(f"| {name} | {len(rows)} | {numbers} | {replayed:,} of {steps:,} |")
+    wrong = [c for c in cells if c["kind"] not in GOOD]
+    lines += [
+        "",
+        *(f"- {c['case']}, {c['depth']}: {c['kind']}, {c['reason'][:200]}" for c in wrong),
+    ]
+    return lines if wrong else lines[:-1]
 
 
 def matrix(cells: list[dict[str, Any]]) -> list[str]:
@@ -148,6 +204,12 @@ def table(log: dict[str, Any]) -> str:
             "",
             *summary(cells),
             "",
+            "## The cache that people use",
+            "",
+            CACHE,
+            "",
+            *through_cache(log.get("cached", [])),
+            "",
             "## Models as people write them",
             "",
             *matrix(friendly),
@@ -173,6 +235,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="in the name")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="no runs: the table from the log")
+    parser.add_argument("--cache", action="store_true", help="only the runs with the cache")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("frostline").setLevel(logging.ERROR)
@@ -181,18 +244,24 @@ def main() -> None:
         bench.write(NAME, log, table(log))
         return
     options.clock = "wall"
-    log = {
-        "machine": bench.machine(options),
-        "steps": len(harness.SIZES),
-        "samples": harness.SAMPLES,
-        "cells": gather(options.only),
-    }
+    if options.cache:
+        log = json.loads((bench.RESULTS / f"{NAME}.json").read_text())
+    else:
+        log = {
+            "machine": bench.machine(options),
+            "steps": len(harness.SIZES),
+            "samples": harness.SAMPLES,
+            "cells": gather(options.only),
+        }
+    log["cached"] = gather_cached(options.only)
     if options.only:
         print(table(log))
     else:
         bench.write(NAME, log, table(log))
     wrong = [c for c in log["cells"] if not c["right"] and not c["needs"]]
     print(f"{len(wrong)} of {len(log['cells'])} are not right")
+    wrong = [c for c in log["cached"] if c["kind"] not in GOOD]
+    print(f"{len(wrong)} of {len(log['cached'])} are not right with the cache")
 
 
 if __name__ == "__main__":
