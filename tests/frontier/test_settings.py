@@ -37,6 +37,7 @@ class Reads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.choice, self.listed, self.plain = Choice(), [1.0, 2.0], 1
+        self.args = types.SimpleNamespace(power=1.0)
         self._private, self.history = [float("nan")], [0.0]
 
     @property
@@ -47,7 +48,10 @@ class Reads(nn.Module):
         self.history.append(loss * UNREAD)
 
     def forward(self, x: Tensor) -> Tensor:
-        return helper(x * self.scale * self.choice.factor * options.gain) + len(LARGE) * TABLE
+        return (
+            helper(x**self.args.power * self.scale * self.choice.factor * options.gain)
+            + len(LARGE) * TABLE
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +73,7 @@ CHANGES: dict[str, Any] = {
     "middle.choice": lambda model: setattr(model.choice, "factor", 2.0),
     "middle.choice, deep inside": change_inner,
     "middle.listed": lambda model: model.listed.append(3.0),
+    "middle.args": lambda model: setattr(model.args, "power", 2.0),
     "middle._private": lambda model: model._private.append(3.0),
     "the global SCALES": lambda model: SCALES.update(first=2.0),
     "the global OFFSET": lambda model: globals().update(OFFSET=1.0),

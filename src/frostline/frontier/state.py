@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import types
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
@@ -227,6 +228,8 @@ def _differs(table: Mapping[str, Any], key: str, value: Any) -> bool:
     )
 
 
+#: Classes of Python's own that people keep their settings in.
+_SETTINGS = (types.SimpleNamespace, argparse.Namespace)
 #: What of a user's own object or container is looked at: so many levels, of so many entries.
 _GLANCE_DEPTH, _GLANCE_ENTRIES = 3, 32
 Seen = tuple[Mapping[str, Any], str, Any, str]
@@ -265,6 +268,13 @@ def _may_hold(value: Any, *, containers: bool) -> bool:
         return False
     if isinstance(value, (Mapping, list, tuple, deque)):
         return containers
+    return _is_open(value)
+
+
+def _is_open(value: Any) -> bool:
+    """Whether the attributes of an object are looked at."""
+    if isinstance(value, _SETTINGS):
+        return True
     return hasattr(value, "__dict__") and not is_versioned(type(value).__module__)
 
 
@@ -281,7 +291,7 @@ def _glance(value: Any, depth: int = _GLANCE_DEPTH) -> Any:
     elif callable(value) or isinstance(value, types.ModuleType) or not hasattr(value, "__dict__"):
         return id(value)
     else:
-        inner = () if is_versioned(type(value).__module__) else vars(value).items()
+        inner = vars(value).items() if _is_open(value) else ()
     if depth == 0 or len(value if isinstance(value, (Mapping, list, tuple, deque)) else ()) > (
         _GLANCE_ENTRIES
     ):
