@@ -84,6 +84,13 @@ def _metrics(run: RunRecord) -> list[dict[str, float]]:
     return [line["metrics"] for line in run.epochs]
 
 
+@pytest.mark.parametrize("storage", ["nonsense", "nosuchbase://x", "sqlite:////no/such/place/t.db"])
+def test_a_storage_that_does_not_open_is_said(tmp_path: Path, storage: str):
+    with pytest.raises(ConfigError, match="keep the trials in") as caught:
+        tiny(tmp_path, ["full"], epochs=1, storage=storage)
+    assert "sqlite:///" in str(caught.value)
+
+
 def test_the_order_of_policies_does_not_decide_who_is_stopped(tmp_path: Path):
     one, other = (
         {row.policy: (row.state, row.epochs, row.val_accuracy) for row in tiny(

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 
 import optuna
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from frostline.errors import ConfigError, TrainingError
 from frostline.records import RECORD_NAME, read_run
@@ -178,7 +179,7 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
         Optimization", AISTATS (arXiv:1502.07943), algorithm 1.
 
     Raises:
-        ConfigError: unknown settings, or another sweep in the folder.
+        ConfigError: unknown settings, another sweep in the folder, a storage that does not open.
         PolicyError: an unknown policy or option.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
@@ -197,16 +198,29 @@ def sweep(  # noqa: PLR0913 - all by name, all with defaults
     path = Path(output)
     with open_study(path, spec) as (folder, whole), _quiet():
         kept = storage or f"sqlite:///{(path / 'trials.db').resolve()}"
-        trials = optuna.create_study(
-            storage=kept,
-            study_name=f"{path.resolve().name}-{first}-{factor}{suffix}",
-            direction="maximize",
-            load_if_exists=True,
-        )
+        trials = _trials(kept, f"{path.resolve().name}-{first}-{factor}{suffix}")
         _Halving(folder, whole, seed, trials, over, isolate, on_event).run(steps, factor)
         rows = _rows(trials, folder, whole, seed)
         samples = whole_run if over == "data" else max(row.samples for row in rows)
         return Sweep(path, rows, config.epochs, samples)
+
+
+def _trials(storage: str | optuna.storages.BaseStorage, name: str) -> optuna.Study:
+    """Optuna's study of this name, new or there before.
+
+    Raises:
+        ConfigError: the storage cannot be opened.
+    """
+    try:
+        return optuna.create_study(
+            storage=storage, study_name=name, direction="maximize", load_if_exists=True
+        )
+    except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.OptunaError) as error:
+        raise ConfigError(
+            f"keep the trials in {storage}",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            fix="an address as SQLAlchemy reads it, e.g. sqlite:///trials.db, or no storage",
+        ) from error
 
 
 @dataclass(slots=True)
