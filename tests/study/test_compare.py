@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 
 import frostline
 from faulty_disk import QuickDisk, use_disk
-from frostline._io import read_lines
-from frostline.errors import ConfigError, DataError, PolicyError, StorageError
+from frostline._io import JsonLines, read_lines
+from frostline.errors import ConfigError, DamagedFile, DataError, PolicyError, StorageError
+from frostline.policies.static import First, Full
 from frostline.records import without_costs
 from frostline.study.analysis import analyse
 from frostline.study.compare import compare, declare
@@ -81,15 +83,44 @@ def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
         ({"settings": TINY | {"epochs": 0}}, "epochs"),
         ({"settings": TINY | {"epoch": 1}}, "epoch"),
         ({"policies": {"A b": "full"}}, "no name for a folder"),
+        ({"policies": "full"}, "a single str, no list"),
+        ({"policies": Full()}, "a single Full, no list"),
+        ({"policies": None}, "a single NoneType, no list"),
+        ({"policies": [None]}, "no policy"),
+        ({"policies": ["full", 3]}, "but a int"),
+        ({"policies": {"a": 3}}, "but a int"),
+        ({"policies": ["full", "full"]}, "the same policy twice"),
+        ({"policies": ["freeze:select=A*", "freeze:select=a*"]}, "of the same name"),
         ({"policies": {"a": {"lr": 1}}}, "no policy"),
+        ({"controls": "time"}, "one text, no list"),
+        ({"seeds": True}, "neither a whole number"),
+        ({"seeds": "3"}, "neither a whole number"),
+        ({"seeds": 2.5}, "neither a whole number"),
+        ({"seeds": [0, 1.5]}, "neither a whole number"),
+        ({"seeds": [0, -1]}, "a seed out of range"),
+        ({"seeds": [2**32]}, "a seed out of range"),
+        ({"target": 0}, "a target outside"),
+        ({"target": 90}, "a target outside"),
         ({"policies": {"a": {"policy": "full", "seed": 3}}}, "study's own"),
         ({"policies": {"a": {"policy": "full", "lr": -1}}}, "lr"),
     ],
 )
 def test_a_wrong_declaration_is_refused_before_anything_runs(change, message):
     given = {"settings": TINY, "policies": ["full"]} | change
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         declare(given.pop("settings"), given.pop("policies"), **given)
+    assert caught.value.fix
+
+
+def test_policies_may_be_objects_and_long_ones_keep_names_apart():
+    assert [arm.policy for arm in arms_of([Full(), First(groups=2)])] == ["full", "first:groups=2"]
+    inner = "linear-probe"
+    for _ in range(5):
+        inner = f"guard:policy=({inner}),patience=2"
+    arms = arms_of([f"then:first=({inner}),after={n}ep,second=(full)" for n in (1, 2)])
+    names = [arm.name for arm in (*arms, *controls_of(arms, ["time"]))]
+    assert len(set(names)) == 4
+    assert max(map(len, names)) == 80
 
 
 def test_an_unknown_policy_is_refused_before_anything_runs(tmp_path: Path):
@@ -199,6 +230,44 @@ def test_a_study_is_extended_by_seeds_and_arms(tmp_path: Path):
     assert len(after) == 4
     whole = tiny(tmp_path, output=tmp_path / "at once", cache_dir=str(tmp_path / "other stores"))
     assert records(whole.path) == records(more.path)
+
+
+def test_a_study_that_goes_on_keeps_its_reference_and_says_who_came_late(tmp_path: Path):
+    tiny(tmp_path, ["linear-probe"], seeds=1)
+    assert StudyFolder(tmp_path / "study").spec().added == ()
+    found = tiny(tmp_path, ["full", "linear-probe"], seeds=1).analyse()
+    assert found.spec.reference == "linear-probe"
+    assert found.spec.added == ("full",)
+    assert any(note.startswith("full joined when others had run") for note in found.notes)
+    with pytest.raises(ConfigError, match="reference"):
+        tiny(tmp_path, ["full", "linear-probe"], seeds=1, reference="full")
+    again = tiny(tmp_path, ["full", "linear-probe"], seeds=2)
+    assert again.analyse().spec.added == ("full",)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "arms": [{}]}', '{"format": 1}'])
+def test_a_declaration_that_is_none_is_a_damaged_file(tmp_path: Path, text: str):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises((DamagedFile, ConfigError)) as caught:
+        analyse(tmp_path)
+    assert caught.value.fix
+
+
+def test_all_runs_have_the_budget_of_the_study(tmp_path: Path):
+    found = tiny(tmp_path, seeds=1, epochs=10, budget="5st").analyse()
+    steps = {
+        name: frostline.tasks.run.Run(tmp_path / f"study/runs/{name}/seed-0").summary["steps"]
+        for name in ("full", "linear-probe")
+    }
+    assert steps == {"full": 5, "linear-probe": 5}
+    assert found.spec.settings["budget"] == "5st"
+    flop = tiny(tmp_path, seeds=1, epochs=10, budget="2e7flop", output=tmp_path / "flop")
+    ends = {
+        name: frostline.tasks.run.Run(flop.path / f"runs/{name}/seed-0").summary
+        for name in ("full", "linear-probe")
+    }
+    assert all(end["budget_spent"] for end in ends.values())
+    assert ends["full"]["steps"] < ends["linear-probe"]["steps"]  # whose updates take less
 
 
 def test_foreign_files_and_a_second_process_are_refused(tmp_path: Path):
@@ -348,25 +417,41 @@ def test_what_a_run_found_stored_is_charged_to_it(tmp_path: Path):
     assert two.alone_s > two.training_s
 
 
-def planted(folder: Path, scores: dict[str, list[float]], seconds: dict[str, float]) -> None:
-    """Records of runs that never were: what the analysis says of them is known."""
+def test_a_control_in_time_is_given_what_its_arm_found_stored(tmp_path: Path):
+    policies = {"one": "linear-probe", "two": "linear-probe"}
+    study = tiny(tmp_path, policies, seeds=1, cache="on", controls=["time"])
+    found = study.analyse()
+    for name in policies:
+        budget = float(found[f"time@{name}"].arm.settings["budget"].removesuffix("s"))
+        assert budget == pytest.approx(found[name].runs[0].alone_s, abs=1e-3)
+    assert found["two"].runs[0].alone_s > found["two"].runs[0].training_s
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any], str, int], None]) -> None:
+    """Change every line of the records of a study, given the arm and the seed."""
     for file in folder.glob("runs/*/*/record.jsonl"):
         arm, seed = file.parts[-3], int(file.parts[-2].removeprefix("seed-"))
         lines = read_lines(file).records
-        score = scores[arm][seed]
         for line in lines:
-            if line["kind"] == "epoch":
-                line["metrics"]["val_accuracy"] = score
-            if line["kind"] == "end":
-                line["results"]["val_accuracy"] = score
-                line["costs"] |= {"training_s": seconds[arm], "cache": None}
+            change(line, arm, seed)
         file.unlink()
-        from frostline._io import JsonLines
-
         out = JsonLines(file)
         for line in lines:
             out.append(line)
         out.close()
+
+
+def planted(folder: Path, scores: dict[str, list[float]], seconds: dict[str, float]) -> None:
+    """Records of runs that never were: what the analysis says of them is known."""
+
+    def plant(line: dict[str, Any], arm: str, seed: int) -> None:
+        if line["kind"] == "epoch":
+            line["metrics"]["val_accuracy"] = scores[arm][seed]
+        if line["kind"] == "end":
+            line["results"]["val_accuracy"] = scores[arm][seed]
+            line["costs"] |= {"training_s": seconds[arm], "cache": None}
+
+    rewrite(folder, plant)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +475,102 @@ def test_the_choice_follows_what_was_shown(tmp_path: Path, fast, choice, kind):
     time_ratio = found["linear-probe"].time
     assert time_ratio is not None
     assert time_ratio.ratio == pytest.approx(0.2)
+
+
+@pytest.fixture
+def curves(done, tmp_path: Path) -> Path:
+    """A copy of the study in which epochs end after 10 and 20 s, and accuracies are known."""
+    copy = Path(shutil.copytree(done.path, tmp_path / "copy"))
+    reached = {"full": (0.5, 0.8), "linear-probe": (0.7, 0.75)}
+
+    def plant(line: dict[str, Any], arm: str, seed: int) -> None:
+        scores = reached.get(arm, (0.1, 0.1))
+        if line["kind"] == "epoch":
+            number = line["epoch"]
+            line["metrics"]["val_accuracy"] = scores[number - 1]
+            line["costs"]["training_s"] = 10.0 * number * (1 + seed)
+        if line["kind"] == "end":
+            line["results"]["val_accuracy"] = scores[1]
+            line["costs"] |= {"training_s": 20.0 * (1 + seed), "wall_s": 30.0, "cache": None}
+            line["costs"]["peak_memory_bytes"] = 2**30
+            if arm == "linear-probe":
+                line["costs"] |= {"wall_s": 40.0, "peak_memory_bytes": 2**30}
+
+    rewrite(copy, plant)
+    return copy
+
+
+def test_times_are_taken_to_the_target(curves: Path):
+    found = analyse(curves, target=0.7)
+    assert found.target == 0.7
+    assert found["full"].reached == {0: 20.0, 1: 40.0}
+    assert found["linear-probe"].reached == {0: 10.0, 1: 20.0}
+    assert (found["full"].reached_s, found["linear-probe"].reached_s) == (40.0, 20.0)
+    ratio = found["linear-probe"].target
+    assert ratio is not None
+    assert ratio.ratio == pytest.approx(0.5)
+    never = analyse(curves)  # the mean of full less the margin
+    assert never.target == pytest.approx(0.79)
+    assert never["linear-probe"].reached == {0: None, 1: None}
+    assert never["linear-probe"].reached_s is None
+    ratio = never["linear-probe"].target
+    assert ratio is not None
+    assert (ratio.arm_reached, ratio.control_reached, ratio.slower) == (0, 2, 2)
+
+
+def test_the_front_is_of_whole_runs(curves: Path):
+    found = analyse(curves)
+    # As good in memory and in training time, but worse, and longer from loading to saving.
+    assert found["linear-probe"].mean("alone_s") == found["full"].mean("alone_s")
+    assert found["linear-probe"].mean("whole_s") == 40.0
+    assert (found["full"].pareto, found["linear-probe"].pareto) == (True, False)
+    whole = found["linear-probe"].whole
+    assert whole is not None
+    assert whole.ratio == pytest.approx(4 / 3)
+
+
+def test_notes_say_where_runs_do_not_compare(done, tmp_path: Path):
+    copy = Path(shutil.copytree(done.path, tmp_path / "copy"))
+    # Twelve validation samples.
+    (few,) = analyse(copy).notes
+    assert few == (
+        "a run is judged by 12 validation samples, so that one of them is 0.083 of accuracy, "
+        "more than the margin of 0.01"
+    )
+    assert analyse(copy, margin=0.2).notes == (
+        "a margin of 0.01 was declared; one of 0.2, chosen after the runs, proves nothing",
+    )
+    said = analyse(copy, reference="linear-probe", level=0.9, target=0.5).notes
+    assert said[:3] == (
+        "the reference linear-probe was chosen after the runs; full was declared",
+        "the level 0.9 was chosen after the runs; 0.95 was declared",
+        "the target 0.5 was chosen after the runs; none was declared",
+    )
+
+    def plant(line: dict[str, Any], arm: str, seed: int) -> None:
+        if line["kind"] == "header" and arm == "linear-probe":
+            line["costs"]["threads"] = 7
+            if seed == 1:
+                line["data"]["val"]["content_sha256"] = "of other pictures"
+
+    rewrite(copy, plant)
+    found = "\n".join(analyse(copy).notes)
+    assert "validation samples of linear-probe are not those of full with seed 1" in found
+    assert "runs differ in threads (1, 7): their times and memory do not compare" in found
+    assert "with seed 0" not in found
+
+
+def test_without_predictions_only_the_test_difference_is_missing(done, tmp_path: Path):
+    copy = Path(shutil.copytree(done.path, tmp_path / "copy"))
+    file = copy / "runs/linear-probe/seed-0/predictions.csv"
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(DamagedFile, match="label"):
+        analyse(copy)
+    file.unlink()
+    found = analyse(copy)
+    assert found["linear-probe"].test is None
+    assert found["gradual-until=50"].test is not None
+    assert found["linear-probe"].verdict == done.analyse()["linear-probe"].verdict
 
 
 def test_run_study_settles_nothing_of_a_parent_that_failed(tmp_path: Path):

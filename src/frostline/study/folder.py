@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from frostline import _io
-from frostline.errors import DataError
+from frostline.errors import DamagedFile, DataError
 from frostline.records import STUDY_NAME
 from frostline.study.spec import StudySpec
 
@@ -65,7 +65,19 @@ class StudyFolder:
                 found="no study.json",
                 fix="give the folder that frostline compare printed",
             )
-        return StudySpec.from_json(_io.load_json(self.declaration))
+        found = _io.load_json(self.declaration)
+        try:
+            return StudySpec.from_json(found)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DamagedFile(
+                f"read the study {self.path}",
+                found=f"a {self.declaration.name} that declares none ({error})",
+                fix="bring the file back from a copy; the runs beside it are whole",
+            ) from error
+
+    def done(self, key: TrialKey) -> bool:
+        """Whether a run came to its end and did not fail."""
+        return (self.run(key) / "summary.json").is_file() and not self.failure(key).is_file()
 
     def finished(self, key: TrialKey) -> bool:
         """Whether a run came to its end, or failed for good."""
