@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from hypothesis import strategies as st
 
 import frostline
 from faulty_disk import QuickDisk, use_disk
-from frostline._io import JsonLines, read_lines
-from frostline.errors import ConfigError, DamagedFile, DataError, PolicyError, StorageError
+from frostline._io import read_lines
+from frostline.errors import ConfigError, DataError, PolicyError, StorageError
 from frostline.policies.static import First, Full
 from frostline.records import without_costs
 from frostline.study.analysis import analyse
@@ -28,6 +27,7 @@ from frostline.study.compare import compare, declare
 from frostline.study.folder import StudyFolder, TrialKey, run_order
 from frostline.study.runner import open_study, run_study, settle
 from frostline.study.spec import Arm, StudySpec, arms_of, controls_of
+from report_records import rewrite_records
 
 TINY: dict[str, Any] = {
     "model": "tiny_task:tiny_model",
@@ -245,12 +245,14 @@ def test_a_study_that_goes_on_keeps_its_reference_and_says_who_came_late(tmp_pat
     assert again.analyse().spec.added == ("full",)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "arms": [{}]}', '{"format": 1}'])
-def test_a_declaration_that_is_none_is_a_damaged_file(tmp_path: Path, text: str):
-    (tmp_path / "study.json").write_text(text)
-    with pytest.raises((DamagedFile, ConfigError)) as caught:
-        analyse(tmp_path)
-    assert caught.value.fix
+def test_a_declaration_that_no_run_followed_can_be_made_anew(tmp_path: Path):
+    with pytest.raises(DataError, match=r"nothing\.csv"):
+        tiny(tmp_path, ["full"], seeds=1, data=str(tmp_path / "nothing.csv"))
+    found = tiny(tmp_path, ["full"], seeds=1, margin=0.02).analyse()
+    assert found.spec.settings["data"] == TINY["data"]
+    assert found.spec.margin == 0.02
+    with pytest.raises(ConfigError, match="margin"):
+        tiny(tmp_path, ["full"], seeds=1, margin=0.03)
 
 
 def test_all_runs_have_the_budget_of_the_study(tmp_path: Path):
@@ -427,20 +429,6 @@ def test_a_control_in_time_is_given_what_its_arm_found_stored(tmp_path: Path):
     assert found["two"].runs[0].alone_s > found["two"].runs[0].training_s
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Any], str, int], None]) -> None:
-    """Change every line of the records of a study, given the arm and the seed."""
-    for file in folder.glob("runs/*/*/record.jsonl"):
-        arm, seed = file.parts[-3], int(file.parts[-2].removeprefix("seed-"))
-        lines = read_lines(file).records
-        for line in lines:
-            change(line, arm, seed)
-        file.unlink()
-        out = JsonLines(file)
-        for line in lines:
-            out.append(line)
-        out.close()
-
-
 def planted(folder: Path, scores: dict[str, list[float]], seconds: dict[str, float]) -> None:
     """Records of runs that never were: what the analysis says of them is known."""
 
@@ -451,7 +439,7 @@ def planted(folder: Path, scores: dict[str, list[float]], seconds: dict[str, flo
             line["results"]["val_accuracy"] = scores[arm][seed]
             line["costs"] |= {"training_s": seconds[arm], "cache": None}
 
-    rewrite(folder, plant)
+    rewrite_records(folder, plant)
 
 
 @pytest.mark.parametrize(
@@ -475,102 +463,6 @@ def test_the_choice_follows_what_was_shown(tmp_path: Path, fast, choice, kind):
     time_ratio = found["linear-probe"].time
     assert time_ratio is not None
     assert time_ratio.ratio == pytest.approx(0.2)
-
-
-@pytest.fixture
-def curves(done, tmp_path: Path) -> Path:
-    """A copy of the study in which epochs end after 10 and 20 s, and accuracies are known."""
-    copy = Path(shutil.copytree(done.path, tmp_path / "copy"))
-    reached = {"full": (0.5, 0.8), "linear-probe": (0.7, 0.75)}
-
-    def plant(line: dict[str, Any], arm: str, seed: int) -> None:
-        scores = reached.get(arm, (0.1, 0.1))
-        if line["kind"] == "epoch":
-            number = line["epoch"]
-            line["metrics"]["val_accuracy"] = scores[number - 1]
-            line["costs"]["training_s"] = 10.0 * number * (1 + seed)
-        if line["kind"] == "end":
-            line["results"]["val_accuracy"] = scores[1]
-            line["costs"] |= {"training_s": 20.0 * (1 + seed), "wall_s": 30.0, "cache": None}
-            line["costs"]["peak_memory_bytes"] = 2**30
-            if arm == "linear-probe":
-                line["costs"] |= {"wall_s": 40.0, "peak_memory_bytes": 2**30}
-
-    rewrite(copy, plant)
-    return copy
-
-
-def test_times_are_taken_to_the_target(curves: Path):
-    found = analyse(curves, target=0.7)
-    assert found.target == 0.7
-    assert found["full"].reached == {0: 20.0, 1: 40.0}
-    assert found["linear-probe"].reached == {0: 10.0, 1: 20.0}
-    assert (found["full"].reached_s, found["linear-probe"].reached_s) == (40.0, 20.0)
-    ratio = found["linear-probe"].target
-    assert ratio is not None
-    assert ratio.ratio == pytest.approx(0.5)
-    never = analyse(curves)  # the mean of full less the margin
-    assert never.target == pytest.approx(0.79)
-    assert never["linear-probe"].reached == {0: None, 1: None}
-    assert never["linear-probe"].reached_s is None
-    ratio = never["linear-probe"].target
-    assert ratio is not None
-    assert (ratio.arm_reached, ratio.control_reached, ratio.slower) == (0, 2, 2)
-
-
-def test_the_front_is_of_whole_runs(curves: Path):
-    found = analyse(curves)
-    # As good in memory and in training time, but worse, and longer from loading to saving.
-    assert found["linear-probe"].mean("alone_s") == found["full"].mean("alone_s")
-    assert found["linear-probe"].mean("whole_s") == 40.0
-    assert (found["full"].pareto, found["linear-probe"].pareto) == (True, False)
-    whole = found["linear-probe"].whole
-    assert whole is not None
-    assert whole.ratio == pytest.approx(4 / 3)
-
-
-def test_notes_say_where_runs_do_not_compare(done, tmp_path: Path):
-    copy = Path(shutil.copytree(done.path, tmp_path / "copy"))
-    # Twelve validation samples.
-    (few,) = analyse(copy).notes
-    assert few == (
-        "a run is judged by 12 validation samples, so that one of them is 0.083 of accuracy, "
-        "more than the margin of 0.01"
-    )
-    assert analyse(copy, margin=0.2).notes == (
-        "a margin of 0.01 was declared; one of 0.2, chosen after the runs, proves nothing",
-    )
-    said = analyse(copy, reference="linear-probe", level=0.9, target=0.5).notes
-    assert said[:3] == (
-        "the reference linear-probe was chosen after the runs; full was declared",
-        "the level 0.9 was chosen after the runs; 0.95 was declared",
-        "the target 0.5 was chosen after the runs; none was declared",
-    )
-
-    def plant(line: dict[str, Any], arm: str, seed: int) -> None:
-        if line["kind"] == "header" and arm == "linear-probe":
-            line["costs"]["threads"] = 7
-            if seed == 1:
-                line["data"]["val"]["content_sha256"] = "of other pictures"
-
-    rewrite(copy, plant)
-    found = "\n".join(analyse(copy).notes)
-    assert "validation samples of linear-probe are not those of full with seed 1" in found
-    assert "runs differ in threads (1, 7): their times and memory do not compare" in found
-    assert "with seed 0" not in found
-
-
-def test_without_predictions_only_the_test_difference_is_missing(done, tmp_path: Path):
-    copy = Path(shutil.copytree(done.path, tmp_path / "copy"))
-    file = copy / "runs/linear-probe/seed-0/predictions.csv"
-    file.write_text("a,b\n1,2\n")
-    with pytest.raises(DamagedFile, match="label"):
-        analyse(copy)
-    file.unlink()
-    found = analyse(copy)
-    assert found["linear-probe"].test is None
-    assert found["gradual-until=50"].test is not None
-    assert found["linear-probe"].verdict == done.analyse()["linear-probe"].verdict
 
 
 def test_run_study_settles_nothing_of_a_parent_that_failed(tmp_path: Path):

@@ -41,9 +41,10 @@ time, ratio:     seconds of training as if the run were alone, and as a multiple
 front:           * where no other arm is at least as good in validation accuracy, time of the whole run and memory, and better in one"""  # noqa: E501
 _LEGEND_BESIDE = """\
 test acc against: difference in points; its interval is of this arm alone, and counts seeds and test samples as chance
-whole run, ratio: from loading to saving as if the run were alone, and as a multiple of the reference's
-to ..., ratio:   seconds of training to that validation accuracy, median over seeds; a run that never got there is later than all
-reached:         runs that got there"""  # noqa: E501
+whole run:        from loading to saving as if the run were alone
+to ...:           seconds of training to that validation accuracy, median over seeds; never is later than all
+ratio:            a multiple of the reference's, geometric mean over seeds, with its interval
+reached:          runs that got there"""  # noqa: E501
 
 
 def print_comparison(found: Comparison, folder: Path, *, as_json: bool = False) -> None:

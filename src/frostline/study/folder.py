@@ -10,7 +10,7 @@ from pathlib import Path
 
 from frostline import _io
 from frostline.errors import DamagedFile, DataError
-from frostline.records import STUDY_NAME
+from frostline.records import RECORD_NAME, STUDY_NAME
 from frostline.study.spec import StudySpec
 
 __all__ = ["StudyFolder", "TrialKey", "run_order"]
@@ -74,6 +74,12 @@ class StudyFolder:
                 found=f"a {self.declaration.name} that declares none ({error})",
                 fix="bring the file back from a copy; the runs beside it are whole",
             ) from error
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run of the study has recorded anything, or failed."""
+        runs = self.path / "runs"
+        return any(runs.glob(f"*/*/{RECORD_NAME}")) or any(runs.glob("*/*.failed.json"))
 
     def done(self, key: TrialKey) -> bool:
         """Whether a run came to its end and did not fail."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -371,6 +371,9 @@ def resolve_sizes(sizes: Sequence[int | float], *, total: int, classes: int) -> 
         >>> resolve_sizes((20, 40), total=50, classes=4)
         (20, 40)
     """
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        fix = "a list such as [100, 400, 1.0]"
+        raise UsageError(f"train on the sizes {sizes!r}", found="no list of sizes", fix=fix)
     found: set[int] = set()
     for size in sizes:
         whole = isinstance(size, int) and not isinstance(size, bool)

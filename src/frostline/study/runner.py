@@ -51,6 +51,8 @@ def open_study(
 ) -> Iterator[tuple[StudyFolder, StudySpec]]:
     """A study's folder, locked, and the study to run there: this one, or the one it extends.
 
+    A declaration that no run has followed yet, as when the data could not be read, is replaced.
+
     Args:
         path: the folder; made if absent.
         spec: as declared now.
@@ -73,11 +75,11 @@ def open_study(
             fix="wait for it, or choose another output folder",
         ) from None
     with lock:
-        if folder.declaration.is_file():
+        if folder.declaration.is_file() and folder.begun:
             there = folder.spec()
             begun = any(folder.done(key) for key in run_order(there))
             spec = there.extended(spec, same_reference=same_reference, begun=begun)
-        elif strange := sorted({p.name for p in path.iterdir()} - {".lock"}):
+        elif not folder.declaration.is_file() and (strange := _strange(folder)):
             raise ConfigError(
                 f"run a study in {path}",
                 found=f"files of something else there: {', '.join(strange[:3])}",
@@ -85,6 +87,11 @@ def open_study(
             )
         _io.atomic_write_json(folder.declaration, spec.to_json())
         yield folder, spec
+
+
+def _strange(folder: StudyFolder) -> list[str]:
+    """Names of what else lies where a study is to be."""
+    return sorted({path.name for path in folder.path.iterdir()} - {folder.lock.name})
 
 
 def run_study(
