@@ -129,13 +129,9 @@ def test_runs_that_do_not_compare_are_noted(study: Path):
 
     rewrite_records(study, plant)
     found = analyse(study, margin=0.2).notes
-    assert found[1:] == (
-        (
-            "validation samples of linear-probe are not those of full with seed 1: their difference is "
-            "of data, too"
-        ),
-        "runs differ in threads (1, 7): their times and memory do not compare",
-    )
+    data, threads = found[1:]
+    assert data.startswith("validation samples of linear-probe are not those of full with seed 1")
+    assert threads == "runs differ in threads (1, 7): their times and memory do not compare"
 
 
 def test_without_predictions_only_the_test_difference_is_missing(study: Path):

@@ -232,29 +232,6 @@ def test_a_study_is_extended_by_seeds_and_arms(tmp_path: Path):
     assert records(whole.path) == records(more.path)
 
 
-def test_a_study_that_goes_on_keeps_its_reference_and_says_who_came_late(tmp_path: Path):
-    tiny(tmp_path, ["linear-probe"], seeds=1)
-    assert StudyFolder(tmp_path / "study").spec().added == ()
-    found = tiny(tmp_path, ["full", "linear-probe"], seeds=1).analyse()
-    assert found.spec.reference == "linear-probe"
-    assert found.spec.added == ("full",)
-    assert any(note.startswith("full joined when others had run") for note in found.notes)
-    with pytest.raises(ConfigError, match="reference"):
-        tiny(tmp_path, ["full", "linear-probe"], seeds=1, reference="full")
-    again = tiny(tmp_path, ["full", "linear-probe"], seeds=2)
-    assert again.analyse().spec.added == ("full",)
-
-
-def test_a_declaration_that_no_run_followed_can_be_made_anew(tmp_path: Path):
-    with pytest.raises(DataError, match=r"nothing\.csv"):
-        tiny(tmp_path, ["full"], seeds=1, data=str(tmp_path / "nothing.csv"))
-    found = tiny(tmp_path, ["full"], seeds=1, margin=0.02).analyse()
-    assert found.spec.settings["data"] == TINY["data"]
-    assert found.spec.margin == 0.02
-    with pytest.raises(ConfigError, match="margin"):
-        tiny(tmp_path, ["full"], seeds=1, margin=0.03)
-
-
 def test_all_runs_have_the_budget_of_the_study(tmp_path: Path):
     found = tiny(tmp_path, seeds=1, epochs=10, budget="5st").analyse()
     steps = {
