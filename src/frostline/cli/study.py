@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from frostline.cli.comparison import print_comparison
 from frostline.cli.learning_curve import show_curve
 from frostline.study.analysis import analyse
-from frostline.study.learning_curve import is_curve
+from frostline.study.folder import StudyFolder
 
 __all__ = ["study"]
 
@@ -41,7 +41,7 @@ def study(
     margin, level or target is given.
     """
     given = (reference, margin, level, target)
-    if all(value is None for value in given) and is_curve(folder):
+    if all(value is None for value in given) and StudyFolder(folder).spec().is_curve:
         show_curve(folder, as_json=json)
         return
     found = analyse(folder, reference=reference, margin=margin, level=level, target=target)

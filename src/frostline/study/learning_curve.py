@@ -29,7 +29,7 @@ from frostline.registry import make_policy
 from frostline.study.compare import declare, default_folder
 from frostline.study.folder import StudyFolder, TrialKey
 from frostline.study.runner import OnEvent, open_study, run_study
-from frostline.study.spec import Arm, StudySpec, arms_of, shortened
+from frostline.study.spec import StudySpec, arms_of, shortened
 from frostline.study.statistics import Paired, paired
 from frostline.tasks.allowance import Budget
 from frostline.tasks.config import RunConfig, load_config
@@ -41,7 +41,6 @@ __all__ = [
     "LearningCurve",
     "Order",
     "SizePoint",
-    "is_curve",
     "learning_curve",
     "read_curve",
     "resolve_sizes",
@@ -475,7 +474,7 @@ def read_curve(folder: str | Path, *, metric: Metric = "val") -> LearningCurve:
     sizes: set[int] = set()
     for arm in spec.arms:
         name, _, size = arm.name.rpartition("@")
-        if not _at_size(arm):
+        if not arm.at_size:
             raise DataError(
                 f"read a learning curve from {folder}",
                 found=f"a study with the arm {arm.name!r}, which is no policy at a size",
@@ -499,21 +498,6 @@ def read_curve(folder: str | Path, *, metric: Metric = "val") -> LearningCurve:
         level=spec.level,
         notes=_notes(policies, found),
     )
-
-
-def is_curve(folder: str | Path) -> bool:
-    """Whether the study in a folder draws a learning curve: all its arms are policies at sizes.
-
-    Raises:
-        DataError: no study there.
-        DamagedFile: its declaration cannot be read.
-    """
-    return all(map(_at_size, StudyFolder(Path(folder)).spec().arms))
-
-
-def _at_size(arm: Arm) -> bool:
-    name, _, size = arm.name.rpartition("@")
-    return bool(name) and str(arm.settings.get("train_samples")) == size
 
 
 def _measured(

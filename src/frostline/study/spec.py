@@ -71,6 +71,12 @@ class Arm:
         """Whether it is known what its runs do."""
         return bool(self.policy)
 
+    @property
+    def at_size(self) -> bool:
+        """Whether it is a policy at a number of training samples, and named POLICY@SIZE."""
+        name, _, size = self.name.rpartition("@")
+        return bool(name) and str(self.settings.get("train_samples")) == size
+
 
 @dataclass(frozen=True, slots=True)
 class StudySpec:
@@ -133,6 +139,11 @@ class StudySpec:
         for bad, found, fix in wrong:
             if bad:
                 raise ConfigError("declare a study", found=found, fix=fix)
+
+    @property
+    def is_curve(self) -> bool:
+        """Whether its arms are the points of a learning curve."""
+        return all(arm.at_size for arm in self.arms)
 
     def __getitem__(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
