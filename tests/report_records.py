@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,20 @@ def write_study(
     }
     (folder / "study.json").write_text(json.dumps(spec))
     return folder
+
+
+def rewrite_records(folder: Path, change: Callable[[dict[str, Any], str, int], None]) -> None:
+    """Change every line of the records of a study, given the arm and the seed."""
+    for file in folder.glob("runs/*/*/record.jsonl"):
+        arm, seed = file.parts[-3], int(file.parts[-2].removeprefix("seed-"))
+        lines = _io.read_lines(file).records
+        for line in lines:
+            change(line, arm, seed)
+        file.unlink()
+        out = _io.JsonLines(file)
+        for line in lines:
+            out.append(line)
+        out.close()
 
 
 def hostile_run(folder: Path) -> Path:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from frostline.study.compare import Study, compare
     from frostline.study.diagnosis import Diagnosis, diagnose
     from frostline.study.learning_curve import LearningCurve, learning_curve
+    from frostline.study.search import Sweep, sweep
     from frostline.tasks.run import Run, fit, load
 
 _LAZY = {
@@ -40,6 +41,7 @@ _LAZY = {
     "LearningCurve": "frostline.study.learning_curve",
     "Run": "frostline.tasks.run",
     "Study": "frostline.study.compare",
+    "Sweep": "frostline.study.search",
     "choose": "frostline.study.choose",
     "compare": "frostline.study.compare",
     "diagnose": "frostline.study.diagnosis",
@@ -54,6 +56,7 @@ _LAZY = {
     "parameter_groups": "frostline.backends.torch.optimizer",
     "record": "frostline.integrations.recording",
     "save_checkpoint": "frostline.backends.torch.checkpoint",
+    "sweep": "frostline.study.search",
     "torch_driver": "frostline.backends.torch.freeze",
     "track": "frostline.integrations.tracking",
     "unfreeze": "frostline.backends.torch.freeze",
@@ -79,6 +82,7 @@ __all__ = [
     "Run",
     "Selector",
     "Study",
+    "Sweep",
     "__version__",
     "available_policies",
     "choose",
@@ -97,6 +101,7 @@ __all__ = [
     "record",
     "save_checkpoint",
     "select",
+    "sweep",
     "torch_driver",
     "track",
     "unfreeze",

@@ -29,6 +29,7 @@ __all__ = [
     "policy_class",
     "policy_family",
     "policy_text",
+    "short_form",
 ]
 
 Family = Literal["static", "scheduled", "dynamic", "combinator"]
@@ -168,6 +169,29 @@ def policy_text(policy: Policy) -> str:
     except FrostlineError:
         pass
     return repr(policy)
+
+
+def short_form(policy: str | Policy) -> str:
+    """The short form of a policy, by which another process can make it; a text stays as it is.
+
+    Raises:
+        PolicyError: it has none.
+
+    Example:
+        >>> short_form(make_policy("gradual:every=2ep")), short_form("full")
+        ('gradual:every=2ep', 'full')
+    """
+    if isinstance(policy, str):
+        return policy
+    text = policy_text(policy)
+    if text == repr(policy):
+        raise PolicyError(
+            f"record the policy {text[:200]}",
+            found="no short form that gives it back, so the run could not be gone on with",
+            fix="register its class as an entry point of 'frostline.policies', and write "
+            "selectors as strings",
+        )
+    return text
 
 
 def _name_of(kind: type[Policy]) -> str | None:

@@ -25,7 +25,10 @@ def test_a_comparison_prints_a_table_and_what_follows(cli, tmp_path: Path):
                  "--controls", "time", "--output", tmp_path / "study", *QUICK)  # fmt: skip
     done = cli(*arguments)
     assert done.code == 0, done.err
-    for text in ("against full", "time@linear-probe", "take: ", "one of full", "study folder"):
+    for text in ("against full", "time@linear-probe", "take: ", "one of full", "study folder",
+                 "test acc against full", "whole run", "reached",
+                 "margin 0.01 of accuracy, level 0.95",
+                 "note: a run is judged by 12 validation samples"):  # fmt: skip
         assert text in done.out
     assert len([line for line in done.lines if line.startswith("run ")]) == 6
     again = cli(*arguments, "--json", "--quiet")
@@ -38,6 +41,10 @@ def test_a_comparison_prints_a_table_and_what_follows(cli, tmp_path: Path):
     read = cli("study", tmp_path / "study", "--reference", "linear-probe", "--margin", "0.2")
     assert read.code == 0
     assert "against linear-probe" in read.out
+    assert "chosen after the runs, proves nothing" in read.out
+    read = cli("study", tmp_path / "study", "--target", "0.05")
+    assert "to 5.0 %" in read.out
+    assert read.out.count("2 of 2") == 3
 
 
 def test_a_sweep_ranks_and_says_what_to_compare(cli, tmp_path: Path):
@@ -82,6 +89,11 @@ def test_settings_come_from_a_file_too_and_flags_win(cli, tmp_path: Path):
         (("compare", *TASK, "--controls", "luck"), "no such control"),
         (("compare", *TASK, "--reference", "none"), "no arm named"),
         (("compare", *TASK, "--margin", "2"), "margin"),
+        (("compare", *TASK, "--level", "95"), "level"),
+        (("compare", *TASK, "--target", "90"), "target"),
+        (("compare", *TASK, "--policies"), "policies"),
+        (("compare", *TASK, "--policies", "full", "full"), "twice"),
+        (("compare", *TASK, "--nothing", "2"), "nothing"),
         (("compare", *TASK, "--budget", "5"), "budget"),
         (("study", "nowhere"), "no study.json"),
         (("sweep", *TASK, "--policies", "full", "--output", "s", "--factor", "1"), "too small"),

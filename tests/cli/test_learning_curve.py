@@ -36,6 +36,10 @@ def test_a_curve_is_drawn_read_again_and_used_by_a_diagnosis(cli, tmp_path: Path
     found = json.loads(again.out)
     assert found["metric"] == "test"
     assert found["policies"] == {"full": "full", "linear-probe": "linear-probe"}
+    shown = cli("study", tmp_path / "study")  # from its records, the curve that it is
+    assert shown.out == done.out
+    assert json.loads(cli("study", tmp_path / "study", "--json").out)["policies"]
+    assert "linear-probe@49" in cli("study", tmp_path / "study", "--margin", "0.2").out
     run = tmp_path / "study/runs/full@49/seed-0"
     seen = json.loads(cli("diagnose", run, "--curve", tmp_path / "study", "--json").out)
     sources = {e["source"] for f in seen["findings"] + seen["considered"] for e in f["evidence"]}

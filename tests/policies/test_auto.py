@@ -110,7 +110,22 @@ def test_linear_probing_is_what_is_left_of_a_bound_that_is_too_low() -> None:
     plan, _ = start(Affordable(Full(), time=0.001))
     assert plan.frozen == set(NAMES)
     assert plan.reason.endswith(
-        "the first 6 frozen to keep a step within 0% of the time of full fine-tuning"
+        "all 6 frozen, and still too dear: a step is predicted to take 39.1 % of the time "
+        "(at most 0.1 %) of full fine-tuning"
+    )
+
+
+def test_the_reason_says_what_a_step_costs_of_what_it_may() -> None:
+    within, _ = start(Affordable(First(groups=4), time=0.9, memory=0.5))
+    assert within.frozen == set(NAMES[:4])
+    assert within.reason.endswith(
+        "; a step is predicted to take 59.4 % of the time (at most 90 %) and 42.9 % of the memory "
+        "for activations (at most 50 %) of full fine-tuning"
+    )
+    bounded, _ = start(Affordable(Full(), memory=0.5))
+    assert bounded.reason.endswith(
+        "; the first 4 frozen: a step is predicted to take 42.9 % of the memory for activations "
+        "(at most 50 %) of full fine-tuning"
     )
 
 
@@ -255,7 +270,7 @@ def test_auto_is_its_parts() -> None:
     cheap, _ = start(Auto(time=0.5), probe_behind=gaps)
     assert len(cheap.frozen) > 3
     assert "reads as well as any" in cheap.reason
-    assert "to keep a step within 50% of the time" in cheap.reason
+    assert "% of the time (at most 50 %) of full fine-tuning" in cheap.reason
 
 
 @pytest.mark.parametrize(

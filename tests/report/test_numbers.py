@@ -129,6 +129,18 @@ def test_a_missing_run_is_named(tmp_path: Path):
     assert "Not finished: bitfit, seed 1." in numbers(study).headline.sentences
 
 
+def test_what_makes_runs_unlike_is_told(tmp_path: Path):
+    study = write_study(tmp_path / "study", {"full": [0.8, 0.9], "bitfit": [0.8, 0.9]})
+    _declare(study, added=["bitfit"])
+    (note,) = [text for text in numbers(study).headline.sentences if text.startswith("Note: ")]
+    assert note.startswith("Note: bitfit joined when others had run")
+
+
+def _declare(study: Path, **more: object) -> None:
+    spec = json.loads((study / "study.json").read_text())
+    (study / "study.json").write_text(json.dumps(spec | more))
+
+
 def test_a_failed_run_is_named_with_its_reason(tmp_path: Path):
     study = write_study(tmp_path / "study", {"full": [0.8, 0.9], "bitfit": [0.8, 0.9]})
     (study / "runs" / "bitfit" / "seed-1.failed.json").write_text('{"why": "a loss of nan"}')
@@ -271,6 +283,11 @@ def test_the_command_of_a_study_parses_and_names_what_it_cannot_give(tmp_path: P
     assert line.startswith("frostline compare timm:net photos --policies full bitfit --seeds 2")
     app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
     assert "bitfit" in found.notes[0]
+    assert not {"--level", "--target"} & set(shlex.split(line))
+    _declare(study, level=0.9, target=0.7)
+    (line,) = numbers(study).repeat.commands
+    _, bound, _ = app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
+    assert (bound.arguments["level"], bound.arguments["target"]) == (0.9, 0.7)
 
 
 def test_folders_of_the_machine_are_not_repeated(tmp_path: Path):

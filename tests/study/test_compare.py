@@ -20,12 +20,14 @@ import frostline
 from faulty_disk import QuickDisk, use_disk
 from frostline._io import read_lines
 from frostline.errors import ConfigError, DataError, PolicyError, StorageError
+from frostline.policies.static import First, Full
 from frostline.records import without_costs
 from frostline.study.analysis import analyse
 from frostline.study.compare import compare, declare
 from frostline.study.folder import StudyFolder, TrialKey, run_order
 from frostline.study.runner import open_study, run_study, settle
 from frostline.study.spec import Arm, StudySpec, arms_of, controls_of
+from report_records import rewrite_records
 
 TINY: dict[str, Any] = {
     "model": "tiny_task:tiny_model",
@@ -81,15 +83,44 @@ def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
         ({"settings": TINY | {"epochs": 0}}, "epochs"),
         ({"settings": TINY | {"epoch": 1}}, "epoch"),
         ({"policies": {"A b": "full"}}, "no name for a folder"),
+        ({"policies": "full"}, "a single str, no list"),
+        ({"policies": Full()}, "a single Full, no list"),
+        ({"policies": None}, "a single NoneType, no list"),
+        ({"policies": [None]}, "no policy"),
+        ({"policies": ["full", 3]}, "but a int"),
+        ({"policies": {"a": 3}}, "but a int"),
+        ({"policies": ["full", "full"]}, "the same policy twice"),
+        ({"policies": ["freeze:select=A*", "freeze:select=a*"]}, "of the same name"),
         ({"policies": {"a": {"lr": 1}}}, "no policy"),
+        ({"controls": "time"}, "one text, no list"),
+        ({"seeds": True}, "neither a whole number"),
+        ({"seeds": "3"}, "neither a whole number"),
+        ({"seeds": 2.5}, "neither a whole number"),
+        ({"seeds": [0, 1.5]}, "neither a whole number"),
+        ({"seeds": [0, -1]}, "a seed out of range"),
+        ({"seeds": [2**32]}, "a seed out of range"),
+        ({"target": 0}, "a target outside"),
+        ({"target": 90}, "a target outside"),
         ({"policies": {"a": {"policy": "full", "seed": 3}}}, "study's own"),
         ({"policies": {"a": {"policy": "full", "lr": -1}}}, "lr"),
     ],
 )
 def test_a_wrong_declaration_is_refused_before_anything_runs(change, message):
     given = {"settings": TINY, "policies": ["full"]} | change
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         declare(given.pop("settings"), given.pop("policies"), **given)
+    assert caught.value.fix
+
+
+def test_policies_may_be_objects_and_long_ones_keep_names_apart():
+    assert [arm.policy for arm in arms_of([Full(), First(groups=2)])] == ["full", "first:groups=2"]
+    inner = "linear-probe"
+    for _ in range(5):
+        inner = f"guard:policy=({inner}),patience=2"
+    arms = arms_of([f"then:first=({inner}),after={n}ep,second=(full)" for n in (1, 2)])
+    names = [arm.name for arm in (*arms, *controls_of(arms, ["time"]))]
+    assert len(set(names)) == 4
+    assert max(map(len, names)) == 80
 
 
 def test_an_unknown_policy_is_refused_before_anything_runs(tmp_path: Path):
@@ -199,6 +230,23 @@ def test_a_study_is_extended_by_seeds_and_arms(tmp_path: Path):
     assert len(after) == 4
     whole = tiny(tmp_path, output=tmp_path / "at once", cache_dir=str(tmp_path / "other stores"))
     assert records(whole.path) == records(more.path)
+
+
+def test_all_runs_have_the_budget_of_the_study(tmp_path: Path):
+    found = tiny(tmp_path, seeds=1, epochs=10, budget="5st").analyse()
+    steps = {
+        name: frostline.tasks.run.Run(tmp_path / f"study/runs/{name}/seed-0").summary["steps"]
+        for name in ("full", "linear-probe")
+    }
+    assert steps == {"full": 5, "linear-probe": 5}
+    assert found.spec.settings["budget"] == "5st"
+    flop = tiny(tmp_path, seeds=1, epochs=10, budget="2e7flop", output=tmp_path / "flop")
+    ends = {
+        name: frostline.tasks.run.Run(flop.path / f"runs/{name}/seed-0").summary
+        for name in ("full", "linear-probe")
+    }
+    assert all(end["budget_spent"] for end in ends.values())
+    assert ends["full"]["steps"] < ends["linear-probe"]["steps"]  # whose updates take less
 
 
 def test_foreign_files_and_a_second_process_are_refused(tmp_path: Path):
@@ -348,25 +396,27 @@ def test_what_a_run_found_stored_is_charged_to_it(tmp_path: Path):
     assert two.alone_s > two.training_s
 
 
+def test_a_control_in_time_is_given_what_its_arm_found_stored(tmp_path: Path):
+    policies = {"one": "linear-probe", "two": "linear-probe"}
+    study = tiny(tmp_path, policies, seeds=1, cache="on", controls=["time"])
+    found = study.analyse()
+    for name in policies:
+        budget = float(found[f"time@{name}"].arm.settings["budget"].removesuffix("s"))
+        assert budget == pytest.approx(found[name].runs[0].alone_s, abs=1e-3)
+    assert found["two"].runs[0].alone_s > found["two"].runs[0].training_s
+
+
 def planted(folder: Path, scores: dict[str, list[float]], seconds: dict[str, float]) -> None:
     """Records of runs that never were: what the analysis says of them is known."""
-    for file in folder.glob("runs/*/*/record.jsonl"):
-        arm, seed = file.parts[-3], int(file.parts[-2].removeprefix("seed-"))
-        lines = read_lines(file).records
-        score = scores[arm][seed]
-        for line in lines:
-            if line["kind"] == "epoch":
-                line["metrics"]["val_accuracy"] = score
-            if line["kind"] == "end":
-                line["results"]["val_accuracy"] = score
-                line["costs"] |= {"training_s": seconds[arm], "cache": None}
-        file.unlink()
-        from frostline._io import JsonLines
 
-        out = JsonLines(file)
-        for line in lines:
-            out.append(line)
-        out.close()
+    def plant(line: dict[str, Any], arm: str, seed: int) -> None:
+        if line["kind"] == "epoch":
+            line["metrics"]["val_accuracy"] = scores[arm][seed]
+        if line["kind"] == "end":
+            line["results"]["val_accuracy"] = scores[arm][seed]
+            line["costs"] |= {"training_s": seconds[arm], "cache": None}
+
+    rewrite_records(folder, plant)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,12 @@ def done(tmp_path_factory) -> tuple[Path, LearningCurve]:
 # -- sizes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sizes", [100, 0.5, "100", None])
+def test_sizes_that_are_no_list_are_refused(sizes: Any):
+    with pytest.raises(UsageError, match="no list of sizes"):
+        resolve_sizes(sizes, total=50, classes=4)
+
+
 @given(st.integers(2, 9), st.integers(9, 10_000), st.lists(st.floats(1e-3, 1.0), min_size=1))
 def test_shares_become_numbers_that_hold_every_class(classes: int, total: int, shares: list[float]):
     kept = sorted({round(s * total) for s in shares if round(s * total) >= classes})

@@ -60,6 +60,14 @@ def compare(  # noqa: PLR0913 - all by name, all with defaults
         float,
         Parameter(help="How much worse in accuracy still counts as not worse; 0.01: a point."),
     ] = 0.01,
+    level: Annotated[float, Parameter(help="Level at which all intervals hold together.")] = 0.95,
+    target: Annotated[
+        float | None,
+        Parameter(
+            help="Validation accuracy that times are taken to, e.g. 0.9. [default: the reference's "
+            "mean less the margin]"
+        ),
+    ] = None,
     output: Annotated[
         Path | None, Parameter(help="Folder of the study. [default: under studies]")
     ] = None,
@@ -90,6 +98,8 @@ def compare(  # noqa: PLR0913 - all by name, all with defaults
             controls=controls or (),
             reference=reference,
             margin=margin,
+            level=level,
+            target=target,
             output=output,
             isolate=not together,
             on_event=on_event,

@@ -8,6 +8,7 @@ from pathlib import Path
 from frostline.cli.results import seconds_text
 from frostline.cli.terminal import bytes_text, console, escape, print_json, print_table
 from frostline.study.analysis import ArmFigures, Comparison
+from frostline.study.statistics import Ratio
 
 __all__ = ["print_comparison"]
 
@@ -23,11 +24,27 @@ _COLUMNS = {
     "backward": "right",
     "front": "left",
 }
+_BESIDE = {
+    "arm": "left",
+    "test acc against {}": "right",
+    "whole run": "right",
+    "run ratio": "right",
+    "memory ratio": "right",
+    "to {}": "right",
+    "target ratio": "right",
+    "reached": "right",
+}
 _LEGEND = """\
 val, test acc:   means over seeds of the epoch that was best on validation data
 against, verdict: difference in validation accuracy in points, with an interval that holds for all arms together
 time, ratio:     seconds of training as if the run were alone, and as a multiple of the reference's
-front:           * where no other arm is at least as good in accuracy, time and memory, and better in one"""  # noqa: E501
+front:           * where no other arm is at least as good in validation accuracy, time of the whole run and memory, and better in one"""  # noqa: E501
+_LEGEND_BESIDE = """\
+test acc against: difference in points; its interval is of this arm alone, and counts seeds and test samples as chance
+whole run:        from loading to saving as if the run were alone
+to ...:           seconds of training to that validation accuracy, median over seeds; never is later than all
+ratio:            a multiple of the reference's, geometric mean over seeds, with its interval
+reached:          runs that got there"""  # noqa: E501
 
 
 def print_comparison(found: Comparison, folder: Path, *, as_json: bool = False) -> None:
@@ -44,21 +61,63 @@ def print_comparison(found: Comparison, folder: Path, *, as_json: bool = False) 
 
     for line in _LEGEND.splitlines():
         say(line)
+    if found.target is not None and len(found.arms) > 1:
+        names = (name.format(end) for name, end in zip(_BESIDE, _ends(found), strict=True))
+        rows = [_beside(figures) for figures in found.arms]
+        print_table(dict(zip(names, _BESIDE.values(), strict=True)), rows)
+        for line in _LEGEND_BESIDE.splitlines():
+            say(line)
     for figures in found.arms:
         for seed, why in figures.failures.items():
             say(f"failed: {figures.arm.name}, seed {seed}: {' '.join(why.split())}")
     for figures in found.arms:
         if figures.verdict is not None:
             say(f"{figures.arm.name}: {figures.verdict.sentence}")
+    for note in found.notes:
+        say(f"note: {note}")
     if found.missing:
         say(f"not finished: {'; '.join(found.missing)}")
     if found.best is not None:
         say(found.best.sentence)
     say(f"take: {found.because}" if found.choice else found.because)
+    say(f"margin {found.spec.margin:g} of accuracy, level {found.spec.level:g}")
     if found.reference_s:
         runs = found.spent_s / found.reference_s
         say(f"all runs took {runs:.1f} times as long as one of {found.spec.reference}")
     say(f"study folder: {folder}")
+
+
+def _ends(found: Comparison) -> tuple[str, ...]:
+    """What stands in for {} in each heading of the second table."""
+    target = _percent(found.target) or ""
+    return tuple(
+        {"test acc against {}": found.spec.reference, "to {}": target}.get(name, "")
+        for name in _BESIDE
+    )
+
+
+def _beside(figures: ArmFigures) -> list[str | None]:
+    test, reached = figures.test, figures.reached
+    whole, until = figures.mean("whole_s"), figures.reached_s
+    got = sum(seconds is not None for seconds in reached.values())
+    return [
+        figures.arm.name,
+        None if test is None else _difference(test.difference, test.low, test.high),
+        None if whole is None else seconds_text(whole),
+        _ratio(figures.whole),
+        _ratio(figures.memory),
+        None if until is None else seconds_text(until),
+        _ratio(figures.target),
+        f"{got} of {len(reached)}" if reached else None,
+    ]
+
+
+def _ratio(of: Ratio | None) -> str | None:
+    """A ratio with its interval; without one for one seed, or where a run has no time."""
+    if of is None or of.ratio is None:
+        return None
+    text = f"{of.ratio:.2f}"
+    return text if of.low is None or of.high is None else f"{text} [{of.low:.2f}, {of.high:.2f}]"
 
 
 def _cells(figures: ArmFigures) -> list[str | None]:

@@ -20,7 +20,7 @@ from frostline.errors import ConfigError
 if TYPE_CHECKING:
     from frostline.study.learning_curve import LearningCurve, SizePoint
 
-__all__ = ["learning_curve"]
+__all__ = ["learning_curve", "print_curve", "show_curve"]
 
 _List = Parameter(consume_multiple=True, negative="")
 #: Settings that this command says by itself.
@@ -62,7 +62,7 @@ def learning_curve(
     where it was; with more policies, seeds or smaller sizes it does the rest.
     """
     settings = required(merged(given, config, without=_OWN))
-    from frostline.study.learning_curve import SIZES, read_curve, run_curve
+    from frostline.study.learning_curve import SIZES, run_curve
 
     with follow_runs(quiet=quiet) as on_event:
         folder = run_curve(
@@ -76,12 +76,7 @@ def learning_curve(
             on_event=on_event,
             **settings,
         )
-    curve = read_curve(folder, metric=metric)
-    if json:
-        print_json({"path": str(folder), **curve.to_json()})
-        return
-    print_curve(curve)
-    console(sys.stdout).print(escape(f"study folder: {folder}"), soft_wrap=True)
+    show_curve(folder, metric=metric, as_json=json)
 
 
 def _size(text: str) -> int | float:
@@ -105,6 +100,20 @@ def _size(text: str) -> int | float:
 
 
 # -- what is shown -------------------------------------------------------------------------------
+
+
+def show_curve(
+    folder: Path, *, metric: Literal["val", "test"] = "val", as_json: bool = False
+) -> None:
+    """Print the curve that a study drew, from its records alone."""
+    from frostline.study.learning_curve import read_curve
+
+    curve = read_curve(folder, metric=metric)
+    if as_json:
+        print_json({"path": str(folder), **curve.to_json()})
+        return
+    print_curve(curve)
+    console(sys.stdout).print(escape(f"study folder: {folder}"), soft_wrap=True)
 
 
 def print_curve(curve: LearningCurve) -> None:

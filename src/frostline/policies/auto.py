@@ -115,7 +115,7 @@ class Affordable(Around):
 
     Both costs are predicted from what was measured before training: the time of a step by
     `frostline.cost.predicted_step_s`, memory as the bytes of the activations that the backward pass
-    keeps. If even linear probing costs more, that is what is left.
+    keeps. If even linear probing costs more, that is what is left, and the reason says so.
 
     Attributes:
         policy: the inner policy.
@@ -147,28 +147,32 @@ class Affordable(Around):
         return kept_plan(state["plan"]), state
 
     def _bounded(self, groups: LayerGroups, plan: FreezePlan) -> FreezePlan:
-        full = FreezePlan()
-        most_s = self.time * predicted_step_s(groups, full) + 1e-12
-        most_bytes = self.memory * _activations(groups, full)
-
-        def fits(candidate: FreezePlan) -> bool:
-            cheap = predicted_step_s(groups, candidate) <= most_s
-            return cheap and _activations(groups, candidate) <= most_bytes
-
-        names = backbone(groups)
-        if fits(plan):
-            return plan
+        names, more, frozen = backbone(groups), plan, ""
         for count in range(1, len(names) + 1):
+            if self._fits(groups, more):
+                break
             more = replace(plan, frozen=plan.frozen | frozenset(names[:count]), exempt={})
-            if fits(more) or count == len(names):
-                why = f"; the first {count} frozen to keep a step within {self._bounds()}"
-                return more.because(plan.reason + why)
-        return plan  # no backbone
+            frozen = f"the first {count} frozen: "
+        if not self._fits(groups, more):
+            frozen = f"all {len(names)} frozen, and still too dear: "
+        return more.because(f"{plan.reason}; {frozen}{self._costs(groups, more)}")
 
-    def _bounds(self) -> str:
-        bounds = {"time": self.time, "memory": self.memory}
-        shown = [f"{share:.0%} of the {name}" for name, share in bounds.items() if share < 1]
-        return f"{' and '.join(shown)} of full fine-tuning"
+    def _fits(self, groups: LayerGroups, plan: FreezePlan) -> bool:
+        full = FreezePlan()
+        cheap = predicted_step_s(groups, plan) <= self.time * predicted_step_s(groups, full) + 1e-12
+        return cheap and _activations(groups, plan) <= self.memory * _activations(groups, full)
+
+    def _costs(self, groups: LayerGroups, plan: FreezePlan) -> str:
+        """What a step is predicted to take, and what it may take."""
+        full, said = FreezePlan(), []
+        for bound, of, what in (
+            (self.time, predicted_step_s, "time"),
+            (self.memory, _activations, "memory for activations"),
+        ):
+            if bound < 1:
+                share = of(groups, plan) / (of(groups, full) or 1)
+                said.append(f"{100 * share:.3g} % of the {what} (at most {100 * bound:.3g} %)")
+        return f"a step is predicted to take {' and '.join(said)} of full fine-tuning"
 
 
 def _activations(groups: LayerGroups, plan: FreezePlan) -> int:

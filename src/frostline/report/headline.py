@@ -89,6 +89,7 @@ def _of_study(
     found = runs.comparison
     assert found is not None  # noqa: S101  the caller looked
     missing = [f"Not finished: {'; '.join(found.missing)}."] if found.missing else []
+    missing += [f"Note: {note}." for note in found.notes]
     if not found.choice or base is None:
         return f"No result yet: {found.because}.", missing
     if len(found.spec.seeds) == 1 and len(runs.arms) > 1:

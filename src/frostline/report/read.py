@@ -179,7 +179,11 @@ def _beside(path: Path) -> Mapping[str, Any] | None:
         return None
     found = _io.load_json(path, max_bytes=_MAX_BYTES)
     if not isinstance(found, dict):
-        raise DamagedFile(f"read {path}", found=f"a {type(found).__name__}, no object")
+        raise DamagedFile(
+            f"read {path}",
+            found=f"a {type(found).__name__}, no object",
+            fix="remove the file to report without it",
+        )
     return found
 
 

@@ -15,6 +15,8 @@ __all__ = ["Repeat", "fit_command", "repeat"]
 #: Settings of the machine rather than of the run; where its folders are is nobody's business.
 _LEFT_OUT = {"output", "cache_dir", "model", "data", "policy"}
 _OF_A_STUDY = {"seed"}
+#: Of intervals, where nothing else is said.
+_LEVEL = 0.95
 #: What a record tells of the machine and the libraries.
 _VERSIONS = ("python", "torch", "keras", "tensorflow", "jax", "device", "machine", "threads")
 
@@ -93,6 +95,8 @@ def _compare_command(runs: Runs) -> tuple[str, tuple[str, ...]]:
     words += ["--policies", *policies, "--seeds", seeds]
     words += ["--controls", *controls] if controls else []
     words += ["--reference", spec.reference, "--margin", str(spec.margin)]
+    words += ["--level", str(spec.level)] if spec.level != _LEVEL else []
+    words += ["--target", str(spec.target)] if spec.target is not None else []
     words += _flags(spec.settings, without=_LEFT_OUT | _OF_A_STUDY)
     own = [arm.name for arm in spec.arms if arm.settings and arm.control is None]
     note = f"settings of their own, which only Python can give: {', '.join(own)}; see study.json"

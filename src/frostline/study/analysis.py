@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frostline import _io
-from frostline.errors import DataError
+from frostline.errors import DamagedFile, DataError, few
 from frostline.records import RunRecord, read_run
+from frostline.study.charges import charges
 from frostline.study.folder import StudyFolder, TrialKey, run_order
 from frostline.study.spec import Arm, StudySpec
 from frostline.study.statistics import (
@@ -43,6 +45,7 @@ class RunFigures:
         training_s: seconds of training with validation, as they were.
         alone_s: the same if no other run had stored outputs of frozen layers for it: what it found
             stored is charged at the price that storing it had.
+        whole_s: seconds of the whole run, from loading to saving, charged alike.
         peak_memory_bytes: the most memory in use.
         backward_share: backward work done, mean over steps, in [0, 1].
         trained_parameter_share: parameters that trained, mean over steps, in [0, 1].
@@ -54,6 +57,7 @@ class RunFigures:
     test_accuracy: float
     training_s: float
     alone_s: float
+    whole_s: float
     peak_memory_bytes: int
     backward_share: float
     trained_parameter_share: float
@@ -72,12 +76,15 @@ class ArmFigures:
         verdict: against the reference, on validation accuracy; None for the reference itself, and
             where a run is missing.
         test: difference to the reference in test accuracy; seeds and test samples both count as
-            chance. None where the test samples are not the same in all runs.
+            chance. None where the test samples are not the same in all runs, are fewer than two, or
+            a run has no ``predictions.csv`` any more.
         time: `alone_s` against the reference's.
+        whole: `whole_s` against the reference's.
         memory: peak memory against the reference's.
-        target: seconds until the target was reached, against the reference's.
-        pareto: whether no other arm is at least as good in validation accuracy, time and memory,
-            and better in one.
+        reached: by seed, seconds of training until the target; None for a run that never got there.
+        target: these against the reference's.
+        pareto: whether no other arm is at least as good in validation accuracy, time of the whole
+            run and memory, and better in one.
     """
 
     arm: Arm
@@ -86,7 +93,9 @@ class ArmFigures:
     verdict: Verdict | None = None
     test: Paired | None = None
     time: Ratio | None = None
+    whole: Ratio | None = None
     memory: Ratio | None = None
+    reached: Mapping[int, float | None] = field(default_factory=dict)
     target: Ratio | None = None
     pareto: bool = False
 
@@ -100,6 +109,15 @@ class ArmFigures:
         values = [float(getattr(run, name)) for run in self.runs.values()]
         return statistics.stdev(values) if len(values) > 1 else None
 
+    @property
+    def reached_s(self) -> float | None:
+        """Median over seeds of the seconds until the target; None if that run never got there."""
+        if not self.reached:
+            return None
+        times = sorted(math.inf if t is None else t for t in self.reached.values())
+        middle = statistics.median_high(times)  # of an even number the later: never is never
+        return middle if math.isfinite(middle) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -109,12 +127,14 @@ class Comparison:
         spec: the study.
         arms: figures, strategies first, then controls.
         missing: runs that are not finished, as "arm, seed n".
-        target: validation accuracy of `ArmFigures.target`: the reference's mean less the margin.
+        target: validation accuracy of `ArmFigures.target`: as it was declared, else the
+            reference's mean less the margin.
         best: the arm with the best mean, and which others cannot be told from it.
         choice: name of the arm to take, or "" before anything can be said.
         because: why, in a sentence.
         spent_s: seconds of training of all runs together.
         reference_s: mean seconds of training of one run of the reference.
+        notes: what the reader should know of how far the runs compare; a sentence each.
     """
 
     spec: StudySpec
@@ -126,6 +146,7 @@ class Comparison:
     because: str
     spent_s: float
     reference_s: float | None
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ArmFigures:
         return next(found for found in self.arms if found.arm.name == name)
@@ -141,6 +162,7 @@ def analyse(
     reference: str | None = None,
     margin: float | None = None,
     level: float | None = None,
+    target: float | None = None,
 ) -> Comparison:
     """Read a study's records and compare its arms; nothing is run.
 
@@ -154,6 +176,7 @@ def analyse(
         reference: compare with this arm instead of the declared one.
         margin: instead of the declared one. A margin chosen after looking proves nothing.
         level: instead of the declared one.
+        target: validation accuracy to take times to, (0, 1], instead of the declared one.
 
     Raises:
         DataError: no study there.
@@ -161,40 +184,79 @@ def analyse(
         DamagedFile: a record is damaged.
     """
     folder = StudyFolder(Path(path))
-    spec = folder.spec()
-    given = {"reference": reference, "margin": margin, "level": level}
-    spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
-    arms = _charged(tuple(_figures(folder, spec, arm) for arm in spec.arms), folder)
+    declared = folder.spec()
+    given = {"reference": reference, "margin": margin, "level": level, "target": target}
+    spec = replace(declared, **{key: value for key, value in given.items() if value is not None})
+    read = {key: _read(folder, key) for key in run_order(spec) if folder.done(key)}
+    arms = tuple(_figures(folder, spec, arm, read) for arm in spec.arms)
     whole = {found.arm.name: found for found in arms if len(found.runs) == len(spec.seeds)}
     missing = tuple(
         f"{key.arm}, seed {key.seed}" for key in run_order(spec) if not folder.finished(key)
     )
+    notes = (*_changed(declared, spec), *_unlike(spec, read))
     spent = sum(run.training_s for found in arms for run in found.runs.values())
     if (base := whole.get(spec.reference)) is None:
         because = f"{spec.reference}, with which all are compared, is not finished"
-        return Comparison(spec, arms, missing, None, None, "", because, spent, None)
-    target = (base.mean("val_accuracy") or 0.0) - spec.margin
-    arms = _compared(arms, whole, folder, spec, target)
+        return Comparison(spec, arms, missing, None, None, "", because, spent, None, notes)
+    goal = (base.mean("val_accuracy") or 0.0) - spec.margin if spec.target is None else spec.target
+    arms = _compared(arms, whole, folder, spec, goal)
     interest = {f.arm.name: _scores(f) for f in whole.values() if f.arm.control is None}
     best = winner(interest, level=spec.level) if len(interest) > 1 else None
     done = {name: found for name, found in ((f.arm.name, f) for f in arms) if name in whole}
     choice, because = _choose(done, spec)
-    return Comparison(
-        spec, arms, missing, target, best, choice, because, spent, base.mean("training_s")
-    )
+    seconds = base.mean("training_s")
+    return Comparison(spec, arms, missing, goal, best, choice, because, spent, seconds, notes)
 
 
 # -- reading -------------------------------------------------------------------------------------
 
 
-def _figures(folder: StudyFolder, spec: StudySpec, arm: Arm) -> ArmFigures:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What is kept of the record of a finished run.
+
+    Attributes:
+        figures: not charged yet.
+        cache: what it stored and found stored.
+        val: validation samples: how many, and digests of them.
+        made_with: versions, device, threads.
+    """
+
+    figures: RunFigures
+    cache: Mapping[str, Any] | None
+    val: Mapping[str, Any]
+    made_with: Mapping[str, str]
+
+
+def _read(folder: StudyFolder, key: TrialKey) -> _Read:
+    record = read_run(folder.run(key))
+    header = record.header
+    made_with = {name: str(header["costs"].get(name)) for name in _ENVIRONMENT}
+    return _Read(
+        figures=_run_figures(record),
+        cache=record.summary.get("cache"),
+        val=header.get("data", {}).get("val", {}),
+        made_with=made_with | {"frostline": str(header.get("frostline"))},
+    )
+
+
+#: What times depend on, as records have it.
+_ENVIRONMENT = ("machine", "device", "threads", "torch", "python")
+
+
+def _figures(
+    folder: StudyFolder, spec: StudySpec, arm: Arm, read: Mapping[TrialKey, _Read]
+) -> ArmFigures:
+    charged = charges({key: of.cache for key, of in read.items()})
     runs, failures = {}, {}
     for seed in spec.seeds:
         key = TrialKey(arm.name, seed)
         if folder.failure(key).is_file():
             failures[seed] = str(_io.load_json(folder.failure(key))["why"])
-        elif folder.finished(key):
-            runs[seed] = _run_figures(read_run(folder.run(key)))
+        elif key in read:
+            run = read[key].figures
+            more = {n: getattr(run, n) + charged[key] for n in ("alone_s", "whole_s")}
+            runs[seed] = replace(run, **more)
     return ArmFigures(arm, runs, failures)
 
 
@@ -211,6 +273,7 @@ def _run_figures(record: RunRecord) -> RunFigures:
         test_accuracy=float(summary["test_accuracy"]),
         training_s=float(summary["training_s"]),
         alone_s=float(summary["training_s"]),
+        whole_s=float(summary["wall_s"]),
         peak_memory_bytes=int(summary["peak_memory_bytes"]),
         backward_share=float(summary["backward_share"]),
         trained_parameter_share=float(summary["trained_parameter_share"]),
@@ -222,37 +285,49 @@ def _run_figures(record: RunRecord) -> RunFigures:
     )
 
 
-def _charged(arms: tuple[ArmFigures, ...], folder: StudyFolder) -> tuple[ArmFigures, ...]:
-    """The same with what runs found stored by others charged to them.
-
-    The price of a sample is what storing one took in the arm's own runs, else the highest in the
-    study: stores of several arms may be of different depths.
-    """
-    caches = {
-        (f.arm.name, seed): read_run(folder.run(TrialKey(f.arm.name, seed))).summary.get("cache")
-        for f in arms
-        for seed in f.runs
-    }
-    prices = {
-        name: max((_price(c) for (arm, _), c in caches.items() if arm == name), default=0.0)
-        for name in (f.arm.name for f in arms)
-    }
-    highest = max(prices.values(), default=0.0)
-
-    def alone(name: str, seed: int, run: RunFigures) -> RunFigures:
-        found = (caches[name, seed] or {}).get("found_rows", 0)
-        return replace(run, alone_s=run.training_s + found * (prices[name] or highest))
-
-    return tuple(
-        replace(f, runs={seed: alone(f.arm.name, seed, run) for seed, run in f.runs.items()})
-        for f in arms
-    )
+# -- how far the runs compare --------------------------------------------------------------------
 
 
-def _price(cache: Mapping[str, Any] | None) -> float:
-    """Seconds to store one sample, where a run stored any."""
-    rows = (cache or {}).get("filled_rows", 0)
-    return float((cache or {})["fill_s"]) / rows if rows else 0.0
+def _changed(declared: StudySpec, spec: StudySpec) -> Iterator[str]:
+    """What was chosen after the runs."""
+    if spec.margin != declared.margin:
+        yield (
+            f"a margin of {declared.margin:g} was declared; one of {spec.margin:g}, chosen after "
+            "the runs, proves nothing"
+        )
+    for name in ("reference", "level", "target"):
+        mine, theirs = getattr(spec, name), getattr(declared, name)
+        if mine != theirs:
+            was = "none was" if theirs is None else f"{theirs} was"
+            yield f"the {name} {mine} was chosen after the runs; {was} declared"
+
+
+def _unlike(spec: StudySpec, read: Mapping[TrialKey, _Read]) -> Iterator[str]:
+    """Where runs are not alike, or too few samples stand behind an accuracy."""
+    for seed in spec.seeds:
+        of = {key.arm: found.val for key, found in read.items() if key.seed == seed}
+        first = spec.reference if spec.reference in of else next(iter(of), "")
+        if others := [name for name, val in of.items() if val != of[first]]:
+            yield (
+                f"validation samples of {few(others)} are not those of {first} with seed {seed}: "
+                "their difference is of data, too"
+            )
+    counts = [int(found.val["samples"]) for found in read.values() if "samples" in found.val]
+    if counts and len(spec.arms) > 1 and spec.margin < 1 / min(counts):
+        yield (
+            f"a run is judged by {min(counts)} validation samples, so that one of them is "
+            f"{1 / min(counts):.2g} of accuracy, more than the margin of {spec.margin:g}"
+        )
+    for name in (*_ENVIRONMENT, "frostline"):
+        values = sorted({found.made_with[name] for found in read.values()})
+        if len(values) > 1:
+            yield f"runs differ in {name} ({few(values)}): their times and memory do not compare"
+    late = [name for name in spec.added if any(key.arm == name for key in read)]
+    if late:
+        yield (
+            f"{few(late)} joined when others had run, and did not take turns with them: times may "
+            "differ by what else the machine did"
+        )
 
 
 # -- comparing -----------------------------------------------------------------------------------
@@ -276,7 +351,7 @@ def _compared(
         found = compare_arms(scores, spec.reference, margin=spec.margin, level=spec.level)
         verdicts = {verdict.arm: verdict for verdict in found}
     points = {
-        name: [f.mean("val_accuracy"), f.mean("alone_s"), f.mean("peak_memory_bytes")]
+        name: [f.mean("val_accuracy"), f.mean("whole_s"), f.mean("peak_memory_bytes")]
         for name, f in whole.items()
     }
     front = pareto_front(points, ["max", "min", "min"])
@@ -292,7 +367,8 @@ def _compared(
         name = figures.arm.name
         if name not in whole:
             return figures
-        figures = replace(figures, pareto=name in front)
+        reached = {seed: _reached(run, target) for seed, run in figures.runs.items()}
+        figures = replace(figures, pareto=name in front, reached=reached)
         if name == spec.reference:
             return figures
         return replace(
@@ -300,6 +376,7 @@ def _compared(
             verdict=verdicts.get(name),
             test=_test_difference(folder, figures, base, spec),
             time=against(figures, lambda run: run.alone_s),
+            whole=against(figures, lambda run: run.whole_s),
             memory=against(figures, lambda run: float(run.peak_memory_bytes)),
             target=against(figures, lambda run: _reached(run, target)),
         )
@@ -316,15 +393,16 @@ def _reached(run: RunFigures, target: float) -> float | None:
 def _test_difference(
     folder: StudyFolder, arm: ArmFigures, base: ArmFigures, spec: StudySpec
 ) -> Paired | None:
-    tables = []
-    for figures in (arm, base):
-        rows = [
-            _outcomes(folder.run(TrialKey(figures.arm.name, s)) / "predictions.csv")
-            for s in spec.seeds
-        ]
-        tables.append(rows)
+    places = [
+        [folder.run(TrialKey(f.arm.name, seed)) / "predictions.csv" for seed in spec.seeds]
+        for f in (arm, base)
+    ]
+    if not all(path.is_file() for paths in places for path in paths):
+        return None
+    tables = [[_outcomes(path) for path in paths] for paths in places]
     labels = {row[0] for rows in tables for row in rows}
-    if len(labels) > 1:  # each seed drew a test split of its own
+    # With several labels each seed drew a test split of its own.
+    if len(labels) > 1 or len(next(iter(labels))) < 2:
         return None
     mine, theirs = (np.array([right for _, right in rows]) for rows in tables)
     return paired_samples(mine, theirs, level=spec.level)
@@ -332,10 +410,17 @@ def _test_difference(
 
 def _outcomes(path: Path) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Labels of the test samples, and which were predicted (1) or not (0)."""
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    right = [int(line["label"] == line["predicted"]) for line in lines]
-    return tuple(line["label"] for line in lines), np.array(right, np.int64)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            pairs = [(line["label"], line["predicted"]) for line in csv.DictReader(file)]
+    except (KeyError, ValueError) as error:  # ValueError: not UTF-8
+        raise DamagedFile(
+            f"read {path}",
+            found=f"no table with the columns label and predicted ({error})",
+            fix="remove the file to do without it",
+        ) from error
+    right = [int(label == predicted) for label, predicted in pairs]
+    return tuple(label for label, _ in pairs), np.array(right, np.int64)
 
 
 def _choose(arms: Mapping[str, ArmFigures], spec: StudySpec) -> tuple[str, str]:

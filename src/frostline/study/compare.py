@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from frostline.errors import ConfigError
+from frostline.policy import Policy
 from frostline.study.analysis import Comparison, analyse
 from frostline.study.runner import OnEvent, open_study, run_study
 from frostline.study.spec import StudySpec, arms_of, controls_of
@@ -40,20 +42,28 @@ class Study:
         reference: str | None = None,
         margin: float | None = None,
         level: float | None = None,
+        target: float | None = None,
     ) -> Comparison:
         """What the records say; see `frostline.study.analysis.analyse`."""
-        return analyse(self.path, reference=reference, margin=margin, level=level)
+        return analyse(self.path, reference=reference, margin=margin, level=level, target=target)
 
 
-def compare(
+def compare(  # noqa: PLR0913 - all by name, all with defaults
     model: str,
     data: str | Path,
-    policies: Sequence[str] | Mapping[str, Any] = ("full", "linear-probe", "gradual", "auto"),
+    policies: Sequence[str | Policy] | Mapping[str, Any] = (
+        "full",
+        "linear-probe",
+        "gradual",
+        "auto",
+    ),
     *,
     seeds: int | Sequence[int] = 3,
     controls: Sequence[str] = (),
     reference: str | None = None,
     margin: float = 0.01,
+    level: float = 0.95,
+    target: float | None = None,
     output: str | Path | None = None,
     isolate: bool = True,
     on_event: OnEvent | None = None,
@@ -69,14 +79,18 @@ def compare(
     Args:
         model: what to fine-tune, as `fit` takes it.
         data: what to learn from.
-        policies: short forms; or names with a short form or a mapping of "policy" and settings.
+        policies: short forms or policies; or names with one of these, or with a mapping of "policy"
+            and settings.
         seeds: how many, from 0; or which.
         controls: of "time" (full fine-tuning in the seconds of each arm), "compute" (a static
             prefix of equal backward work) and "placebo" (signals shuffled).
         reference: name of the arm that the others are compared with; by default "full" if it is
-            there, else the first.
+            there, else the first. A study that is gone on with keeps its own.
         margin: how much worse in accuracy (a share: 0.01 is a point) still counts as not worse.
             It is declared before the runs and cannot be changed by going on.
+        level: at which all intervals hold together, (0, 1).
+        target: validation accuracy that times are taken to, (0, 1]; by default the reference's mean
+            less the margin, which is known only afterwards.
         output: the study's folder; by default under "studies", named after data and model.
         isolate: give each run a process of its own, so that its memory is its own.
         on_event: receives progress.
@@ -101,22 +115,26 @@ def compare(
         controls=controls,
         reference=reference,
         margin=margin,
+        level=level,
+        target=target,
     )
     path = Path(output) if output is not None else default_folder(spec)
-    with open_study(path, spec) as (folder, whole):
+    same = reference is not None
+    with open_study(path, spec, same_reference=same) as (folder, whole):
         run_study(folder, whole, isolate=isolate, on_event=on_event)
     return Study(path)
 
 
 def declare(
     settings: Mapping[str, Any],
-    policies: Sequence[str] | Mapping[str, Any],
+    policies: Iterable[str | Policy] | Mapping[str, Any],
     *,
-    seeds: int | Sequence[int] = 3,
+    seeds: int | Iterable[int] = 3,
     controls: Sequence[str] = (),
     reference: str | None = None,
     margin: float = 0.01,
     level: float = 0.95,
+    target: float | None = None,
 ) -> StudySpec:
     """A study from what a user says, checked as far as it can be without running anything.
 
@@ -138,7 +156,11 @@ def declare(
     arms = arms_of(policies)
     for arm in arms:
         if odd := sorted(_OWN & arm.settings.keys()):
-            raise ConfigError(f"set {odd[0]} in the arm {arm.name!r}", found="the study's own say")
+            raise ConfigError(
+                f"set {odd[0]} in the arm {arm.name!r}",
+                found="the study's own say",
+                fix="policy, and settings other than seed and output",
+            )
         load_config(None, {**settings, **arm.settings, "policy": arm.policy})
     names = [arm.name for arm in arms]
     fallback = "full" if "full" in names else (names[0] if names else "")
@@ -146,11 +168,36 @@ def declare(
     return StudySpec(
         settings=plain,
         arms=(*arms, *controls_of(arms, controls)),
-        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        seeds=_seeds(seeds),
         reference=reference or fallback,
         margin=margin,
         level=level,
+        target=target,
     )
+
+
+def _seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
+    """The seeds; a number is how many.
+
+    Raises:
+        ConfigError: neither a whole number nor whole numbers.
+
+    Example:
+        >>> _seeds(3), _seeds([4, 5])
+        ((0, 1, 2), (4, 5))
+    """
+    try:
+        if isinstance(seeds, bool | str):
+            raise TypeError  # noqa: TRY301  Python counts True as 1
+        if isinstance(seeds, Iterable):
+            return tuple(map(operator.index, seeds))
+        return tuple(range(operator.index(seeds)))
+    except TypeError:
+        raise ConfigError(
+            f"use the seeds {seeds!r}",
+            found="neither a whole number nor a list of them",
+            fix="seeds=3 for 0, 1 and 2; or seeds=[4, 5, 6]",
+        ) from None
 
 
 def default_folder(spec: StudySpec) -> Path:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from frostline import _io
-from frostline.errors import DataError
-from frostline.records import STUDY_NAME
+from frostline.errors import DamagedFile, DataError
+from frostline.records import RECORD_NAME, STUDY_NAME
 from frostline.study.spec import StudySpec
 
 __all__ = ["StudyFolder", "TrialKey", "run_order"]
@@ -65,7 +65,25 @@ class StudyFolder:
                 found="no study.json",
                 fix="give the folder that frostline compare printed",
             )
-        return StudySpec.from_json(_io.load_json(self.declaration))
+        found = _io.load_json(self.declaration)
+        try:
+            return StudySpec.from_json(found)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DamagedFile(
+                f"read the study {self.path}",
+                found=f"a {self.declaration.name} that declares none ({error})",
+                fix="bring the file back from a copy; the runs beside it are whole",
+            ) from error
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run of the study has recorded anything, or failed."""
+        runs = self.path / "runs"
+        return any(runs.glob(f"*/*/{RECORD_NAME}")) or any(runs.glob("*/*.failed.json"))
+
+    def done(self, key: TrialKey) -> bool:
+        """Whether a run came to its end and did not fail."""
+        return (self.run(key) / "summary.json").is_file() and not self.failure(key).is_file()
 
     def finished(self, key: TrialKey) -> bool:
         """Whether a run came to its end, or failed for good."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -29,7 +29,7 @@ from frostline.registry import make_policy
 from frostline.study.compare import declare, default_folder
 from frostline.study.folder import StudyFolder, TrialKey
 from frostline.study.runner import OnEvent, open_study, run_study
-from frostline.study.spec import StudySpec, arms_of
+from frostline.study.spec import StudySpec, arms_of, shortened
 from frostline.study.statistics import Paired, paired
 from frostline.tasks.allowance import Budget
 from frostline.tasks.config import RunConfig, load_config
@@ -370,6 +370,9 @@ def resolve_sizes(sizes: Sequence[int | float], *, total: int, classes: int) -> 
         >>> resolve_sizes((20, 40), total=50, classes=4)
         (20, 40)
     """
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        fix = "a list such as [100, 400, 1.0]"
+        raise UsageError(f"train on the sizes {sizes!r}", found="no list of sizes", fix=fix)
     found: set[int] = set()
     for size in sizes:
         whole = isinstance(size, int) and not isinstance(size, bool)
@@ -405,7 +408,7 @@ def _declared(
         own = load_config(None, {**shared, **arm.settings, "policy": arm.policy})
         for size in sizes:
             end = f"@{size}"
-            name = f"{arm.name[: _NAME_LENGTH - len(end)]}{end}"
+            name = f"{shortened(arm.name, _NAME_LENGTH - len(end))}{end}"
             length = _length(own, size, sizes[-1])
             arms[name] = {"policy": arm.policy, **arm.settings, **length}
     base = {key: value for key, value in shared.items() if key not in ("epochs", "budget")}
@@ -471,7 +474,7 @@ def read_curve(folder: str | Path, *, metric: Metric = "val") -> LearningCurve:
     sizes: set[int] = set()
     for arm in spec.arms:
         name, _, size = arm.name.rpartition("@")
-        if not name or str(arm.settings.get("train_samples")) != size:
+        if not arm.at_size:
             raise DataError(
                 f"read a learning curve from {folder}",
                 found=f"a study with the arm {arm.name!r}, which is no policy at a size",

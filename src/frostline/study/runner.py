@@ -26,6 +26,7 @@ from frostline.errors import ConfigError, FrostlineError, StorageError, Training
 from frostline.groups import GroupCost, LayerGroup, LayerGroups, TensorInfo
 from frostline.policies.common import backbone, freeze_first
 from frostline.records import RunRecord, read_run
+from frostline.study.charges import read_charges
 from frostline.study.folder import StudyFolder, TrialKey, run_order
 from frostline.study.spec import Arm, StudySpec
 
@@ -45,12 +46,17 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def open_study(path: Path, spec: StudySpec) -> Iterator[tuple[StudyFolder, StudySpec]]:
+def open_study(
+    path: Path, spec: StudySpec, *, same_reference: bool = False
+) -> Iterator[tuple[StudyFolder, StudySpec]]:
     """A study's folder, locked, and the study to run there: this one, or the one it extends.
+
+    A declaration that no run has followed yet, as when the data could not be read, is replaced.
 
     Args:
         path: the folder; made if absent.
         spec: as declared now.
+        same_reference: whether a study that is there must have the same reference.
 
     Raises:
         ConfigError: the folder holds a study that differs in more than arms and seeds, or other
@@ -69,9 +75,11 @@ def open_study(path: Path, spec: StudySpec) -> Iterator[tuple[StudyFolder, Study
             fix="wait for it, or choose another output folder",
         ) from None
     with lock:
-        if folder.declaration.is_file():
-            spec = folder.spec().extended(spec)
-        elif strange := sorted({p.name for p in path.iterdir()} - {".lock"}):
+        if folder.declaration.is_file() and folder.begun:
+            there = folder.spec()
+            begun = any(folder.done(key) for key in run_order(there))
+            spec = there.extended(spec, same_reference=same_reference, begun=begun)
+        elif not folder.declaration.is_file() and (strange := _strange(folder)):
             raise ConfigError(
                 f"run a study in {path}",
                 found=f"files of something else there: {', '.join(strange[:3])}",
@@ -79,6 +87,11 @@ def open_study(path: Path, spec: StudySpec) -> Iterator[tuple[StudyFolder, Study
             )
         _io.atomic_write_json(folder.declaration, spec.to_json())
         yield folder, spec
+
+
+def _strange(folder: StudyFolder) -> list[str]:
+    """Names of what else lies where a study is to be."""
+    return sorted({path.name for path in folder.path.iterdir()} - {folder.lock.name})
 
 
 def run_study(
@@ -112,7 +125,8 @@ def run_study(
             if folder.failure(parent).is_file():
                 note_failure(folder, key, f"the run it depends on failed: {parent.arm}")
                 continue
-            arm = settle(arm, read_run(folder.run(parent)))
+            charged = read_charges(folder, spec).get(parent, 0.0)
+            arm = settle(arm, read_run(folder.run(parent)), charged_s=charged)
             spec = spec.settle(arm)
             _io.atomic_write_json(folder.declaration, spec.to_json())
 
@@ -139,15 +153,16 @@ def run_settings(spec: StudySpec, arm: Arm, seed: int, output: Path) -> dict[str
 # -- controls ------------------------------------------------------------------------------------
 
 
-def settle(arm: Arm, parent: RunRecord) -> Arm:
+def settle(arm: Arm, parent: RunRecord, *, charged_s: float = 0.0) -> Arm:
     """A control, once its arm's first run is there to say what it costs.
 
     Args:
         arm: the control.
         parent: the record of that run, finished.
+        charged_s: seconds that others spent on what it found stored; they count as its own.
     """
     if arm.control == "time":
-        budget = f"{parent.summary['training_s']:.3f}s"
+        budget = f"{parent.summary['training_s'] + charged_s:.3f}s"
         # Patience would end it before its time.
         settings = {**arm.settings, "budget": budget, "patience": None}
         return replace(arm, policy="full", settings=settings)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frostline import _io
-from frostline.errors import ConfigError, DataError, PolicyError
+from frostline.errors import ConfigError, DataError
 from frostline.policy import Policy
 from frostline.records import RunRecord, read_run
-from frostline.registry import policy_text
+from frostline.registry import short_form
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.folder import RunFolder, claim, log_to
 from frostline.tasks.resources import borrowed_process
@@ -166,27 +166,18 @@ def load(run: Run | str | Path) -> Loaded:
 
 def _settings(config: RunConfig | str | Path | None, given: dict[str, Any]) -> RunConfig:
     if isinstance(given.get("policy"), Policy):
-        given["policy"] = _short_form(given["policy"])
+        given["policy"] = short_form(given["policy"])
     if isinstance(given.get("data"), Path):
         given["data"] = str(given["data"])
     if not isinstance(config, RunConfig):
         return load_config(config, given)
     if unknown := given.keys() - RunConfig.model_fields.keys():
-        raise ConfigError(f"set {min(unknown)!r}", found="no setting of that name")
-    return load_config(None, config.model_dump(exclude_unset=True) | given)
-
-
-def _short_form(policy: Policy) -> str:
-    """What the settings record, so that the run can go on in another process."""
-    text = policy_text(policy)
-    if text == repr(policy):
-        raise PolicyError(
-            f"record the policy {text[:200]}",
-            found="no short form that gives it back, so the run could not be gone on with",
-            fix="register its class as an entry point of 'frostline.policies', and write "
-            "selectors as strings",
+        raise ConfigError(
+            f"set {min(unknown)!r}",
+            found="no setting of that name",
+            fix=f"one of {', '.join(RunConfig.model_fields)}",
         )
-    return text
+    return load_config(None, config.model_dump(exclude_unset=True) | given)
 
 
 def _ignore(event: dict[str, Any]) -> None:
