@@ -6,6 +6,7 @@ strategy is the one with the best mean accuracy on *test* data, which nobody cou
 `auto` and all training see training and validation data alone.
 
     python benchmarks/auto.py [--only PAIR ...] [--seeds 3] [--scratch DIR]     # resumable
+    python benchmarks/auto.py --read --only PAIR --scratch DIR  # seeds that all strategies have
     python benchmarks/auto.py --report                                # the tables from the log
 
 A study per pair goes to the scratch folder; what it says is kept in `results/auto.json`. Needs
@@ -50,6 +51,7 @@ _HEAD = (
     "|---|---|---|---|---|---|---|---|---|---|",
 )
 MOST_DEPTHS = 9
+SEEDS = 3
 CLOSE = 0.005
 COST_SHARE = 0.25
 
@@ -105,7 +107,12 @@ def sweep(name: str, pair: Pair, scratch: Path, seeds: int, threads: int) -> dic
         threads=threads, cache_dir=scratch / "cache", checkpoint_every=None,
         **{**pair.settings, **size.settings},
     )  # fmt: skip
-    return figures(study.path) | {
+    return _described(name, pair, threads, figures(study.path))
+
+
+def _described(name: str, pair: Pair, threads: int, found: dict[str, Any]) -> dict[str, Any]:
+    size = SIZES[name]
+    return found | {
         "title": pair.title, "held_out": pair.held_out, "epochs": size.epochs,
         "settings": dict(size.settings), "threads": threads, "processor": processor(),
         "torch": str(torch.__version__), "frostline": __version__,
@@ -123,6 +130,8 @@ def figures(study: Path) -> dict[str, Any]:
     """What the records of a study say, by arm and seed, and what `auto` said of itself."""
     found = analyse(study)
     arms = {of.arm.name: _rows(of) for of in found.arms if of.runs}
+    every = set.intersection(*(set(rows) for rows in arms.values())) if arms else set()
+    arms = {name: {seed: rows[seed] for seed in sorted(every)} for name, rows in arms.items()}
     said: dict[str, list[str]] = {}
     for seed in found["auto"].runs if "auto" in arms else ():
         run = frostline.Run(study / "runs" / "auto" / f"seed-{seed}")
@@ -228,14 +237,31 @@ def _row(found: Mapping[str, Any]) -> str:
 
 
 def _verdict(log: Mapping[str, Any]) -> list[str]:
-    done = [outcome(found["arms"]) for found in log.values() if "auto" in found["arms"]]
+    done = [found for found in log.values() if "auto" in found["arms"]]
     if not done:
         return ["No pair is finished."]
-    close = sum(of.gap >= -CLOSE for of in done)
-    met, cheap = sum(of.met for of in done), sum(of.share <= COST_SHARE for of in done)
-    text = f"Met on {met} of {len(done)} pairs, on {close} of them by the half point itself; "
-    text += f"{cheap} within {COST_SHARE:.0%} of the sweep's cost. "
-    return [f"{text}Pairs not run yet: {len(SIZES) - len(done)} of {len(SIZES)}."]
+    apart = {
+        "All pairs": done,
+        "Pairs that the rules were made with": [found for found in done if not found["held_out"]],
+        "Pairs held out": [found for found in done if found["held_out"]],
+    }
+    lines = [_counted(title, found) for title, found in apart.items() if found]
+    few = [found["title"] for found in done if len(found["arms"]["auto"]) < SEEDS]
+    if few:
+        lines.append(f"- Fewer than {SEEDS} seeds, so that the interval allows much: {_and(few)}.")
+    return [*lines, f"- Pairs not run yet: {len(SIZES) - len(done)} of {len(SIZES)}."]
+
+
+def _counted(title: str, done: Sequence[Mapping[str, Any]]) -> str:
+    found = [outcome(pair["arms"]) for pair in done]
+    close = sum(of.gap >= -CLOSE for of in found)
+    met, cheap = sum(of.met for of in found), sum(of.share <= COST_SHARE for of in found)
+    text = f"- {title}: met on {met} of {len(found)}, on {close} of them by the half point itself; "
+    return f"{text}{cheap} within {COST_SHARE:.0%} of the sweep's cost."
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(names)
 
 
 def _details(found: Mapping[str, Any]) -> list[str]:
@@ -268,10 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is asked for and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", metavar="PAIR", choices=sorted(SIZES))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="folder of the studies, to go on later")
     parser.add_argument("--report", action="store_true", help="no runs: the tables from the log")
+    parser.add_argument("--read", action="store_true", help="no runs: what the studies hold")
     options = parser.parse_args(arguments)
     log: dict[str, Any] = json.loads(LOG.read_text("utf-8")) if LOG.exists() else {}
     if not options.report:
@@ -280,7 +307,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
         known = pairs(scratch)
         for name in options.only or SIZES:
-            log[name] = sweep(name, known[name], scratch, options.seeds, options.threads)
+            if options.read:
+                found = figures(scratch / name)
+                log[name] = _described(name, known[name], options.threads, found)
+            else:
+                log[name] = sweep(name, known[name], scratch, options.seeds, options.threads)
             ordered = {n: log[n] for n in SIZES if n in log}
             LOG.write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
     TABLE.write_text(table(log), "utf-8")
