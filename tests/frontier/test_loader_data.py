@@ -44,8 +44,7 @@ def by_class(draws: int = SAMPLES) -> WeightedRandomSampler:
     return WeightedRandomSampler(weights.tolist(), draws)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("workers", "drop_last"), [(0, False), (2, True)])
 def test_a_class_weighted_sampler(workers: int, drop_last: bool, library: Library) -> None:
     """Some samples come twice in an epoch and others never; each is computed once."""
     cache = both(library, Counted, shuffle=False, sampler=by_class(), drop_last=drop_last,
@@ -92,7 +91,7 @@ def by_column(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return nn.functional.cross_entropy(model(batch["x"]), batch["label"]), batch["label"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_hugging_face_data_set(workers: int, library: Library) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -108,7 +107,7 @@ def test_a_hugging_face_data_set(workers: int, library: Library) -> None:
     assert again.report.found_rows == SAMPLES
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_hugging_face_stream(workers: int, library: Library) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -130,7 +129,7 @@ class Shared(IterableDataset):
         return (data[i] for i in range(start, SAMPLES, step))
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("drop_last", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_stream_with_workers(drop_last: bool, library: Library) -> None:
     """Without `samples=`: they are counted by going through the stream once."""
     cache = both(library, Shared, shuffle=False, num_workers=2, drop_last=drop_last,

@@ -936,9 +936,10 @@ class FrontierCache:
         start = time.perf_counter()
         values, good = self._read(use, batch)
         took_s = time.perf_counter() - start
-        use.balance.add_read(len(rows), took_s)
+        if (count := int(good.sum())) > 0:
+            use.balance.add_read(count, took_s)
         self.report.read_s += took_s
-        self.report.read_rows += int(good.sum())
+        self.report.read_rows += count
         found = {slot.name: to_torch(values[slot.name], slot.dtype) for slot in use.columns}
         if not good.all():
             self._patch(use, batch, found, ~good)
