@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -146,6 +147,66 @@ def test_a_name_that_fits_nothing_is_one_message(cli, root, command):
     done = cli("cache", *command, "nosuch")
     assert (done.code, done.out) == (2, "")
     assert done.lines[0] == "cannot find the cache entry 'nosuch'"
+
+
+def test_two_entries_are_compared(cli, root):
+    one = fill(root, compute={"threads": 2})
+    other = fill(root, compute={"threads": 4})
+    done = cli("cache", "inspect", one, "--versus", other[:9])
+    assert done.out == f"From {other[:12]} to {one[:12]}:\n- made with 4 threads, now 2\n"
+    shown = json.loads(cli("cache", "inspect", one, "--versus", other, "--json").out)
+    assert shown["differences"] == ["made with 4 threads, now 2"]
+    assert "the same entry" in cli("cache", "inspect", one, "--versus", one).out
+    (root / other / "entry.json").write_text("{}")
+    done = cli("cache", "inspect", one, "--versus", other)
+    assert (done.code, done.out) == (2, "")
+    assert "an entry that is damaged" in done.err
+
+
+@pytest.mark.parametrize("command", [["verify"], ["prune"]])
+def test_what_is_not_ours_is_refused_by_name(cli, root, command):
+    fill(root)
+    (root / "holiday").mkdir()
+    done = cli("cache", *command, "holiday")
+    assert (done.code, done.out) == (2, "")
+    assert "what is no entry of frostline: a name that no entry has" in done.err
+    assert (root / "holiday").exists()
+    assert "foreign: a name that no entry has" in cli("cache", "inspect", "holiday").out
+
+
+def test_a_name_in_a_cache_that_is_not_there_fits_nothing(cli, root):
+    assert cli("cache", "prune", "abc").code == cli("cache", "verify", "abc").code == 2
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("harm", ["header", "shapes", "sums", "rows", "users", "link"])
+def test_a_damaged_folder_is_one_message_in_every_command(cli, root, harm):
+    """No command raises, and what can be told about the entry is told."""
+    name = fill(root)
+    entry = root / name
+    if harm == "header":
+        (entry / "rows" / "store.json").write_text("{")
+    elif harm == "shapes":
+        (entry / "rows" / "shapes.json").write_bytes(b"\x00" * 40)
+    elif harm == "sums":
+        (entry / "rows" / "000.sums").write_bytes(b"\xff" * 5)
+    elif harm == "link":
+        (entry / "rows" / "000.sums").unlink()
+        (entry / "rows" / "000.sums").symlink_to("/etc/hostname")
+    else:
+        shutil.rmtree(entry / harm)
+    whole = harm in ("users", "rows", "shapes", "sums")  # rows are gone, and computed again
+    state = "good" if whole else "damaged"
+    for command in (["list"], ["inspect", name], ["verify"], ["prune", "--damaged", "--dry-run"]):
+        done = cli("cache", *command)
+        assert "Traceback" not in done.err
+        assert done.code == (1 if command == ["verify"] and not whole else 0), (command, done.err)
+    (listed,) = json.loads(cli("cache", "list", "--json").out)["entries"]
+    assert listed["state"] == state
+    assert cli("cache", "prune", "--damaged").code == 0
+    assert entry.exists() is whole
+    Library(root).open(CacheKey(parts()), [Column("x", "float32")], 64).close()
+    assert cli("cache", "verify").code == 0
 
 
 # -- prune ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from frontier.test_loader import (
     train,
 )
 from frostline.backends.torch.example import Example
+from frostline.frontier import balance
 from frostline.frontier import cache as module
 from frostline.frontier.cache import Batch, FrontierCache
 from frostline.frontier.encodings import Encoding
 from frostline.frontier.library import Library
-from frostline.frontier.store import Store
+from frostline.frontier.store import Column, Store, bytes_of_rows
 
 Change = Callable[[nn.Module, int], None]
 
@@ -223,14 +225,182 @@ def test_a_plan_that_flips_keeps_what_still_holds(library: Library) -> None:
 # -- space ---------------------------------------------------------------------------------------
 
 
+def budget_for(rows: int, stores: int = 1) -> int:
+    """Bytes in which so many rows of each of `stores` depths have room."""
+    return stores * bytes_of_rows({Column("blocks.1", "float32"): (WIDTH,)}, rows)
+
+
 @pytest.mark.parametrize("rows", [0, 32, 64])
 def test_a_budget_smaller_than_the_data(rows: int, library: Library) -> None:
-    budget = int((rows * (4 * WIDTH + 16) + 2 * 16_384) / 0.99)
+    budget = budget_for(rows)
     cache, _ = compare(library, budget_bytes=budget, epochs=3)
     assert cache.report.replayed == 15
     assert SAMPLES < cache.report.filled_rows < 4 * SAMPLES
-    assert any("budget" in note for note in cache.report.notes)
+    (told,) = [note for note in cache.report.notes if "budget" in note]
+    assert f"it holds {rows} of {SAMPLES} rows of given ({SAMPLES} samples)" in told
     assert cache.report.stored_bytes <= budget
+
+
+def test_a_later_run_is_told_of_the_budget_as_well(
+    library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    compare(library, budget_bytes=budget_for(32))
+    caplog.set_level("WARNING", "frostline")
+    cache, _ = compare(library, budget_bytes=budget_for(32))
+    assert cache.report.found_rows == 32
+    assert any("it holds 32 of" in note for note in cache.report.notes)
+    assert any("the budget is full" in record.message for record in caplog.records)
+
+
+def test_a_budget_with_room_for_all_says_nothing(library: Library) -> None:
+    cache, _ = compare(library, budget_bytes=budget_for(96))
+    assert cache.report.filled_rows == SAMPLES
+    assert not any("budget" in note for note in cache.report.notes)
+
+
+def freezing_on(model: nn.Module, step: int) -> None:
+    """One block more in each epoch."""
+    if step % 5 == 0:
+        freeze_first(model, 1 + step // 5)
+
+
+@pytest.mark.parametrize("whose", ["model", "library"])
+def test_depths_that_serve_nothing_make_way(whose: str, library: Library) -> None:
+    """Room for two depths: the one in use, and the one that it is filled from."""
+    compare(Library(library.root.parent / "roomy"), make=lambda: tower(1), epochs=1)
+    (entry,) = Library(library.root.parent / "roomy").entries()
+    budget = budget_for(96) + int(1.5 * entry.size_bytes)
+    options: dict[str, Any] = {"budget_bytes": budget - 0.5 * entry.size_bytes}
+    if whose == "library":  # it counts its own notes on each store as well
+        library, options = Library(library.root, budget_bytes=budget), {}
+    cache, source = compare(library, freezing_on, make=lambda: tower(1), epochs=4, **options)
+    assert cache.report.replayed == 20
+    assert source.blocked == 3  # never from the input again
+    assert cache.report.filled_rows == 4 * SAMPLES
+    assert not any("budget is full" in note for note in cache.report.notes)
+    assert sum("made way" in note for note in cache.report.notes) == 2
+    left = sorted(entry.about["frontier"] for entry in library.entries())
+    assert left == ["blocks.2", "blocks.3"]
+
+
+def test_depths_live_side_by_side_where_there_is_room(library: Library) -> None:
+    cache, _ = compare(library, freezing_on, make=lambda: tower(1), epochs=4,
+                       budget_bytes=budget_for(96, stores=5))  # fmt: skip
+    assert not any("made way" in note for note in cache.report.notes)
+    assert len(library.entries()) == 4
+
+
+def test_what_serves_other_samples_stays(library: Library) -> None:
+    model, source, other = tower(1), Given(), Given()
+    other.name = "other"
+    cache = cached(library, model=model, budget_bytes=budget_for(96) + 20_000)
+    with cache.attached():
+        run(model, cache, other, epochs=1)
+        run(model, cache, source, epochs=1)
+        freeze_first(model, 3)
+        run(model, cache, source, epochs=1)
+        freeze_first(model, 1)
+        filled = cache.report.filled_rows
+        run(model, cache, other, epochs=1)
+        assert cache.report.filled_rows == filled
+    assert any("rows of given" in note for note in cache.report.notes)
+    assert not any("made way" in note for note in cache.report.notes)
+
+
+def test_a_store_does_not_take_room_from_itself(library: Library) -> None:
+    """A setting changed and changed back: the same store again, with the same room."""
+
+    def change(model: nn.Module, step: int) -> None:
+        if step in (5, 10):
+            model.blocks[1][1].eps = {5: 0.5, 10: 1e-5}[step]
+
+    cache, _ = compare(library, change, epochs=3, budget_bytes=budget_for(96, stores=2))
+    assert cache.report.filled_rows == 2 * SAMPLES
+    assert not any("made way" in note or "full" in note for note in cache.report.notes)
+
+
+# -- the clock ------------------------------------------------------------------------------------
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
+    """Each reading takes so long."""
+    read = Store.read
+
+    def late(self: Store, rows: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return read(self, rows, **options)
+
+    monkeypatch.setattr(Store, "read", late)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_cache_that_costs_time_is_given_up(
+    strict: bool, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(balance, "ENOUGH_READINGS", 8)
+    slow(monkeypatch, seconds=0.02)
+    model, source = tower(), Given()
+    cache = FrontierCache(model, library, min_gain=1e-6, strict=strict)
+    with cache.attached():
+        mine = run(model, cache, source, epochs=4)
+    assert_same(mine, run(tower(), None, Given(), epochs=4))
+    (told,) = [note for note in cache.report.notes if "reading a stored sample takes" in note]
+    # Where runs must be able to go on bit for bit, the clock may not decide.
+    assert cache.report.replayed == (20 if strict else 8)
+    assert ("costs time" in told) is strict
+
+
+def test_where_the_user_insists_the_clock_is_not_asked(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(balance, "ENOUGH_READINGS", 8)
+    slow(monkeypatch, seconds=0.02)
+    model = tower()
+    cache = FrontierCache(model, library, min_gain=0.0)
+    with cache.attached():
+        run(model, cache, Given(), epochs=4)
+    assert cache.report.replayed == 20
+
+
+def test_a_cache_that_saves_time_stays(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balance, "ENOUGH_READINGS", 8)
+
+    class Slow(Given):
+        def blocks(self, firsts: Sequence[int], view: int) -> Iterator[tuple[int, Example]]:
+            for found in super().blocks(firsts, view):
+                time.sleep(0.1)
+                yield found
+
+    model = tower()
+    cache = FrontierCache(model, library, min_gain=1e-6)
+    with cache.attached():
+        run(model, cache, Slow(), epochs=4)
+    assert cache.report.replayed == 20
+
+
+# -- what is said ---------------------------------------------------------------------------------
+
+
+def test_what_is_stored_for_one_run_only_is_said(library: Library) -> None:
+    model, source = tower(), Given()
+    source.data = None
+    cache = cached(library, model=model)
+    with cache.attached():
+        run(model, cache, source, epochs=1)
+    assert "stored for this run only: data.content: which samples these are" in cache.report.notes
+
+
+def test_where_the_region_ends_too_early_is_said(library: Library) -> None:
+    def make() -> nn.Module:
+        model = tower(3)
+        model.blocks[1].append(nn.Dropout(0.5))
+        return model
+
+    cache, _ = compare(library, make=make)
+    said = "not everything that is frozen is left out: blocks.1.3 draws random numbers"
+    assert any(note.startswith(said) for note in cache.report.notes), cache.report.notes
+    whole, _ = compare(Library(library.root.parent / "other"), make=lambda: tower(3))
+    assert not any("left out" in note for note in whole.report.notes)
 
 
 @pytest.mark.parametrize(("encoding", "tolerance"), [("bfloat16", 3e-2), ("float16", 3e-3),

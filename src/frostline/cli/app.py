@@ -147,7 +147,7 @@ _CACHE_COMMANDS = (
     _Command(
         "inspect",
         "Show what an entry depends on, and why it would or would not be used here and now.",
-        ("frostline cache inspect 3f9a", "frostline cache inspect 3f9a --json"),
+        ("frostline cache inspect 3f9a", "frostline cache inspect 3f9a --versus 77b1"),
     ),
     _Command(
         "prune",

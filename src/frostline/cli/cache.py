@@ -69,12 +69,19 @@ def list_(*, folder: _Folder = None, shared: _Shared = False, json: _Json = Fals
 def inspect(
     entry: Annotated[str, Parameter(help="The entry, or as much of its name as tells it apart.")],
     *,
+    versus: Annotated[
+        str | None, Parameter(help="Another entry: show in what this one differs from it.")
+    ] = None,
     folder: _Folder = None,
     shared: _Shared = False,
     json: _Json = False,
 ) -> None:
     """Show what an entry depends on, and why it would or would not be used here and now."""
-    found = _library(folder, shared).match(entry)
+    library = _library(folder, shared)
+    found = library.match(entry)
+    if versus is not None:
+        _compare(found, library.match(versus), json=json)
+        return
     reasons = None if found.key is None else _reasons(found.key)
     if json:
         key = None if found.key is None else found.key.parts
@@ -146,7 +153,8 @@ def verify(
 ) -> None:
     """Read every row of these entries, or of all, and compare its checksum."""
     library = _library(folder, shared)
-    chosen = [library.match(name) for name in entries] if entries else library.entries()
+    named = [library.match(name, ours=True) for name in entries]
+    chosen = named or library.entries()
     rows = [_verified(library, entry) for entry in chosen if entry.state != "foreign"]
     if json:
         print_json(rows)
@@ -229,6 +237,28 @@ def _reasons(key: CacheKey) -> list[str]:
     then = CacheKey({"versions": versions, "compute": compute})
     now = CacheKey({"versions": version_parts(packages), "compute": compute_parts(device)})
     return [*(f"not known: {why}" for why in key.unknown), *then.differences(now)]
+
+
+def _compare(one: Entry, other: Entry, *, json: bool) -> None:
+    """Say in what two entries differ: why the one was not used for the other."""
+    for entry in (one, other):
+        if entry.key is None:
+            raise UsageError(
+                f"compare the cache entry {entry.name[:_NAME_SHOWN]!r}",
+                found=f"an entry that is {entry.state}: {entry.why}",
+                fix="choose two good ones: frostline cache list",
+            )
+    reasons = list(other.key.differences(one.key)) if one.key and other.key else []
+    if json:
+        print_json({"name": one.name, "versus": other.name, "differences": reasons})
+        return
+    names = one.name[:_NAME_SHOWN], other.name[:_NAME_SHOWN]
+    if not reasons:
+        _say(f"{names[0]} and {names[1]} are the same entry")
+        return
+    _say(f"From {names[1]} to {names[0]}:")
+    for reason in reasons:
+        _say(f"- {reason}")
 
 
 def _verified(library: Library, entry: Entry) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,12 +32,14 @@ from frostline.backends.torch.digest import (
 )
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.random_state import mix
+from frostline.backends.torch.tracing import is_compiled
 from frostline.errors import FrontierError, StorageError
 from frostline.frontier.arrays import to_numpy, to_torch
+from frostline.frontier.balance import Balance
 from frostline.frontier.encodings import Encoding
 from frostline.frontier.feature_augment import FeatureAugment
 from frostline.frontier.finding import batch_size, close, rows_of
-from frostline.frontier.key import unknown
+from frostline.frontier.key import CacheKey, unknown
 from frostline.frontier.library import Library
 from frostline.frontier.parts import region_key
 from frostline.frontier.prefetch import Prefetcher, Read
@@ -46,7 +49,7 @@ from frostline.frontier.script import Unsettled
 from frostline.frontier.segments import BLOCK_ROWS
 from frostline.frontier.side import skeleton
 from frostline.frontier.standin import Node, StandIn, stand_in, with_values
-from frostline.frontier.store import Column, Store
+from frostline.frontier.store import Column, Store, bytes_of_rows
 from frostline.frontier.structure import leaves_of, map_leaves, tensors_of
 
 if TYPE_CHECKING:
@@ -279,6 +282,9 @@ class _Use:
     diverged: int = 0
     closed: bool = False
     full: bool = False
+    told: bool = False
+    losing: bool = False
+    balance: Balance = field(default_factory=Balance)
     digests: Mapping[str, Any] = field(default_factory=dict)
     kind: Any = None
 
@@ -319,7 +325,9 @@ class FrontierCache:
         library: the folder of stores; None: the user's cache folder.
         encoding: of floating values: "exact", "bfloat16", "float16" or "int8".
         budget_bytes: the most that this model's stores may take; None: no bound.
-        min_gain: do not cache where less than this share of a step is saved, in [0, 1).
+        min_gain: do not cache where less than this share of a step is saved, in [0, 1), counted
+            in arithmetic. Above 0 the clock decides as well: a region whose stored samples take
+            longer to read than to compute is given up (with `strict`, only said to be one).
         seed: decides which batches are checked.
         strict: which region serves a batch follows from the plan of now and that of the start of
             the epoch alone, so that an interrupted run can go on bit for bit; see `start_epoch`.
@@ -356,6 +364,7 @@ class FrontierCache:
                 fix="DistributedDataParallel, one process per device",
             )
         self._root = unwrapped(model)
+        self._compiled = _compiled_whole(model)
         self._library = Library() if library is None else library
         self._encoding: Encoding = encoding
         self._budget_bytes = budget_bytes
@@ -374,8 +383,14 @@ class FrontierCache:
         self._off: dict[str, bytes] = {}
         self._ahead: dict[str, _Ahead] = {}
         self._attached = False
-        self._before: Callable[..., Any] | None = None
+        self._replaced: list[tuple[dict[str, Any], str, Any]] = []
         self.report = CacheReport()
+        if self._compiled:
+            self.report.note(
+                "the model is compiled as a whole: with the cache it runs uncompiled; to compile "
+                "what trains, compile those layers by themselves, as in model.head.compile()",
+                warn=True,
+            )
 
     # -- attaching ---------------------------------------------------------------------------
 
@@ -424,16 +439,21 @@ class FrontierCache:
     def attach(self) -> None:
         """From now on the model's forward pass goes through the cache."""
         if not self._attached:
-            self._before = vars(self._root).get("forward")
-            vars(self._root)["forward"] = _Gate(self, self._root, self._root.forward)
+            gate = _Gate(self, self._root, self._root.forward)
+            for table, key, plain in (*self._compiled, (vars(self._root), "forward", gate)):
+                self._replaced.append((table, key, table.get(key, _ABSENT)))
+                table[key] = plain
             self._attached = True
 
     def detach(self) -> None:
         """Leave the model as it was found; stores are closed."""
         if self._attached:
-            del vars(self._root)["forward"]
-            if self._before is not None:
-                vars(self._root)["forward"] = self._before
+            for table, key, before in reversed(self._replaced):
+                if before is _ABSENT:
+                    del table[key]
+                else:
+                    table[key] = before
+            self._replaced.clear()
             self._attached = False
         for loader in self._loaders:
             loader.close()
@@ -521,6 +541,8 @@ class FrontierCache:
         use.diverged = 0
         batch.served = True
         self.report.replayed += 1
+        if self._min_gain > 0 and not use.losing and (loss := use.balance.loss) is not None:
+            self._veto(use, loss)
         return output
 
     def _full(self, batch: Batch, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -633,6 +655,14 @@ class FrontierCache:
         if use.diverged >= PATIENCE or (use.served == 0 and use.diverged >= 2):
             self._give_up(use, error.found)
 
+    def _veto(self, use: _Use, loss: str) -> None:
+        """What the clock says against a region: measured cost above measured saving."""
+        use.losing = True
+        if self._strict:  # which region serves a batch must not depend on the clock
+            self.report.note(f"the cache costs time for {use.source.name}: {loss}", warn=True)
+        else:
+            self._give_up(use, loss)
+
     def _give_up(self, use: _Use, why: str) -> None:
         use.closed = True
         self._found[use.kind] = why
@@ -709,7 +739,7 @@ class FrontierCache:
             found = self._found[kind] = self._find(state, example, older)
         if isinstance(found, str):
             return None
-        use = self._opened(found, batch.source, example)
+        use = self._opened(found, batch.source, example, older)
         use.kind = kind
         uses = self._uses.setdefault(batch.source.name, [])
         self._looks[batch.source.name] = _few(example)
@@ -773,7 +803,7 @@ class FrontierCache:
             return "nothing is frozen"
         return region
 
-    def _opened(self, region: Region, source: Source, example: Example) -> _Use:
+    def _opened(self, region: Region, source: Source, example: Example, older: _Use | None) -> _Use:
         # Tensors of the batch are stored only where batches are not loaded for each step.
         slots = tuple(s for s in region.slots if source.fixed or s.name not in region.input_slots)
         columns = [
@@ -806,6 +836,8 @@ class FrontierCache:
                 weights=self._weights_of(region),
                 device=next(iter(tensors_of((example.args, dict(example.kwargs))))).device,
             )
+        if key.unknown:
+            self.report.note(f"stored for this run only: {key.unknown[0]}")
         rows = source.views * padded(source.samples)
         frontier = ", ".join(slot.name for slot in slots)
         about = {
@@ -813,10 +845,15 @@ class FrontierCache:
             "data": f"{source.name}, {source.samples} samples, {source.views} views",
             "frontier": frontier,
         }
-        store = self._library.open(
-            key, columns, rows, about=about, needs_bytes=rows * sum(s.bytes for s in slots),
-            most_bytes=self._room(),
-        )  # fmt: skip
+        shapes = [slot.shape for slot in slots] or [()]
+        needs_bytes = bytes_of_rows(dict(zip(columns, shapes, strict=True)), rows)
+        store = self._store(key, columns, rows, about, needs_bytes)
+        while (room := store.budget_bytes) is not None and room < needs_bytes:
+            if (spare := self._spare(source, older, store)) is None:
+                break
+            store.close()
+            self._let_go(spare)
+            store = self._store(key, columns, rows, about, needs_bytes)
         if str(store.folder) not in self._known_stores:
             self._known_stores.add(str(store.folder))
             self.report.found_rows += int(store.present(np.arange(rows)).sum())
@@ -824,15 +861,69 @@ class FrontierCache:
         names = [name for name in region.tensors if name in table]
         parameters = dict(self._root.named_parameters(remove_duplicate=False))
         frozen = tuple(parameters[name] for name in names if name in parameters)
+        views = f", in {source.views} views" if source.views > 1 else ""
         self.report.note(
             f"cached for {source.name}: the output of {frontier or 'nothing'}, "
-            f"{sum(s.bytes for s in slots):,} bytes per sample"
+            f"{sum(s.bytes for s in slots):,} bytes per sample{views}"
         )
+        if self._augment is not None and self._root.training:
+            self.report.note(f"stored values are changed at random in each step: {self._augment}")
+        self._say_where_it_ends(region)
         return _Use(
             region, store, source, slots, WriteWatch(table, names), frozen,
             self._root.training, _few(example), not source.fixed, table,
             digests=key.parts["weights"],
         )  # fmt: skip
+
+    def _say_where_it_ends(self, region: Region) -> None:
+        """Why less is skipped than is frozen, if so; that is mended where it is known."""
+        if region.ends and not region.holds_all_frozen:
+            why = "; ".join(f"{end.module} {end.why}" for end in region.ends[:3])
+            self.report.note(f"not everything that is frozen is left out: {why}")
+
+    def _store(
+        self,
+        key: CacheKey,
+        columns: Sequence[Column],
+        rows: int,
+        about: Mapping[str, str],
+        needs_bytes: int,
+    ) -> Store:
+        return self._library.open(
+            key,
+            columns,
+            rows,
+            about=about,
+            needs_bytes=needs_bytes,
+            most_bytes=self._room(self._library.place(key)),
+        )
+
+    def _spare(self, source: Source, older: _Use | None, store: Store) -> _Use | None:
+        """What makes way where the budget has no room for all depths that were used.
+
+        The store from which the new one is filled stays, and so does what serves other samples;
+        stores that no longer hold go first, then the oldest.
+        """
+        serving = (use for name, (_, use) in self._active.items() if name != source.name)
+        kept = {use.store.folder for use in (*serving, older) if use is not None}
+        kept.add(store.folder)
+        uses = [use for uses in self._uses.values() for use in uses]
+        idle = [use for use in uses if use.store.folder not in kept]
+        return min(idle, key=lambda use: not use.closed, default=None)
+
+    def _let_go(self, spare: _Use) -> None:
+        """Stop using a store; where the budget is this model's own, remove it."""
+        name = spare.source.name
+        spare.closed = True
+        if (ahead := self._ahead.get(name)) is not None and ahead.use is spare:
+            self._stop_ahead(name)
+        spare.store.close()
+        for known, uses in self._uses.items():
+            self._uses[known] = [use for use in uses if use is not spare]
+        if self._budget_bytes is not None:
+            self._library.prune(names=[spare.store.folder.parent.name])
+        frontier = ", ".join(slot.name for slot in spare.columns)
+        self.report.note(f"the store of {frontier} made way: the budget has no room for both")
 
     def _weights_of(self, region: Region) -> Mapping[str, Any] | None:
         """Digests of what a region reads, from a use of it whose tensors have not moved since."""
@@ -841,12 +932,13 @@ class FrontierCache:
                 return use.digests
         return None
 
-    def _room(self) -> int | None:
-        """Bytes that one more store may take."""
+    def _room(self, entry: Path) -> int | None:
+        """Bytes that the store of this entry may take."""
         if self._budget_bytes is None:
             return None
         stores = {u.store.folder: u.store for uses in self._uses.values() for u in uses}
-        return max(0, self._budget_bytes - sum(s.bytes_on_disk for s in stores.values()))
+        others = (s.bytes_on_disk for folder, s in stores.items() if folder.parent != entry)
+        return max(0, self._budget_bytes - sum(others))
 
     # -- values ------------------------------------------------------------------------------
 
@@ -857,8 +949,11 @@ class FrontierCache:
             self._fill(use, batch)
         start = time.perf_counter()
         values, good = self._read(use, batch)
-        self.report.read_s += time.perf_counter() - start
-        self.report.read_rows += int(good.sum())
+        took_s = time.perf_counter() - start
+        if (count := int(good.sum())) > 0:
+            use.balance.add_read(count, took_s)
+        self.report.read_s += took_s
+        self.report.read_rows += count
         found = {slot.name: to_torch(values[slot.name], slot.dtype) for slot in use.columns}
         if not good.all():
             self._patch(use, batch, found, ~good)
@@ -932,6 +1027,7 @@ class FrontierCache:
                 # Another process may have been here in the meantime.
                 due = [f for f in some if not use.store.present(_block(f, view, use.source)).all()]
                 self._fill_blocks(use, due, view, batch)
+        self._say_what_fits(use)
         self.report.fill_s += time.perf_counter() - start
         self.report.stored_bytes = sum(
             u.store.bytes_on_disk for uses in self._uses.values() for u in uses if not u.closed
@@ -941,16 +1037,21 @@ class FrontierCache:
         if not firsts or use.full:
             return
         stride = padded(use.source.samples)
+        loading = time.perf_counter()
         for some in _heaps(use.source.blocks(firsts, view)):
             examples = [moved(e, batch.real_device) for _, e in some]
             start = time.perf_counter()
             filled = use.region.fill_many(examples)
-            self.report.compute_s += time.perf_counter() - start
+            end = time.perf_counter()
+            samples = sum(batch_size(e) for e in examples)
+            use.balance.add_computed(samples, end - (loading if use.source.fixed else start))
+            self.report.compute_s += end - start
             self.report.computed_rows += sum(len(next(iter(v.values()), ())) for v in filled)
             for (first, _), values in zip(some, filled, strict=True):
                 if not self._write(use, view * stride + first, values):
                     use.full = use.ragged  # rows of one length are admitted by their number
                     return
+            loading = time.perf_counter()
 
     def _write(self, use: _Use, first: int, values: Mapping[str, Tensor]) -> bool:
         arrays = {slot.name: to_numpy(values[slot.name]) for slot in use.columns}
@@ -958,12 +1059,26 @@ class FrontierCache:
         if not arrays:
             arrays = {"nothing": np.zeros(count or BLOCK, np.bool_)}
         self.report.filled_rows += count
-        kept = use.store.write(first, arrays)
-        if not kept:
-            self.report.note(
-                "the budget is full: samples beyond it are computed anew in every epoch"
-            )
-        return kept
+        return use.store.write(first, arrays)
+
+    def _say_what_fits(self, use: _Use) -> None:
+        """How many samples the budget leaves room for, where that is not all of them."""
+        source, stride = use.source, padded(use.source.samples)
+        if use.told or (not use.full and use.store.admitted_rows >= source.views * stride):
+            return
+        use.told = True
+        if use.ragged:
+            fit = int(use.store.present(np.arange(source.views * stride)).sum())
+        else:
+            whole, rest = divmod(use.store.admitted_rows, stride)
+            fit = whole * source.samples + min(rest, source.samples)
+        views = f" in {source.views} views" if source.views > 1 else ""
+        self.report.note(
+            f"the budget is full: it holds {fit:,} of {source.samples * source.views:,} rows of "
+            f"{source.name} ({source.samples:,} samples{views}); the others are computed anew in "
+            "every epoch",
+            warn=True,
+        )
 
     def _refillable(self, use: _Use) -> _Use | None:
         """A shallower region from which this one can be filled: never from the input again."""
@@ -993,6 +1108,28 @@ class FrontierCache:
             if not self._write(use, int(rows[0]), found):
                 return []
         return left
+
+
+_ABSENT = object()
+
+
+def _compiled_whole(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """What to put where so that a model that was compiled as a whole runs its own code.
+
+    Compiled code knows no stand-ins: it would be compiled again in each step, or fail.
+    """
+    found: list[tuple[dict[str, Any], str, Any]] = []
+    root = unwrapped(model)
+    while True:
+        own = vars(model)
+        if own.get("_compiled_call_impl") is not None:  # left by `nn.Module.compile`
+            found.append((own, "_compiled_call_impl", None))
+        if model is root:
+            return found
+        (inner,) = model.children()
+        if is_compiled(model) and "forward" in own:
+            found.append((own, "forward", inner.__call__))
+        model = inner
 
 
 @dataclass(frozen=True)

@@ -490,6 +490,7 @@ def _script(model: nn.Module, recording: Recording, chosen: set[int]) -> Script:
     scripted = frozenset(
         n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)
     )
+    scripted |= recorder.opaque
     return Script(
         tuple(entries),
         {name: frozenset(numbers) for name, numbers in skipped.items()},

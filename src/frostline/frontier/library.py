@@ -202,12 +202,13 @@ class Library:
                 fix="at least one of each",
             )
         self._make_root()
-        path = self._path(key)
+        path = self.place(key)
         with self._locked():
             self._sweep(self.root)
             self._settle(path, key, columns, rows)
             if path.exists():
                 self._sweep(path)
+                _io.make_folder(path / _USERS)  # whoever removed it took nothing that is needed
             else:
                 self._create(path, key, columns, rows, about or {})
             _clear_dead(path / _USERS)
@@ -220,11 +221,15 @@ class Library:
                 lease.release()
                 raise
 
+    def place(self, key: CacheKey) -> Path:
+        """Where the entry of a key is, or would be."""
+        return self.root / key.digest[:32]
+
     def find(self, key: CacheKey) -> Entry | None:
         """The good entry of exactly this key, if there is one; its rows are not counted."""
         if not self._exists():
             return None
-        entry = self._read(self._path(key), count=False)
+        entry = self._read(self.place(key), count=False)
         whole = entry is not None and entry.key is not None and entry.key.digest == key.digest
         return entry if whole else None
 
@@ -254,14 +259,24 @@ class Library:
         """
         return tuple(sorted(self._scan(count=True), key=lambda e: (-e.last_used, e.name)))
 
-    def match(self, prefix: str) -> Entry:
+    def match(self, prefix: str, *, ours: bool = False) -> Entry:
         """The one entry whose name begins so.
 
+        Args:
+            prefix: of its name.
+            ours: refuse one that is foreign.
+
         Raises:
-            UsageError: none, or several.
+            UsageError: none, or several; or a foreign one.
         """
         found = [e for e in self._scan(count=True) if prefix and e.name.startswith(prefix)]
         if len(found) == 1:
+            if ours and found[0].state == "foreign":
+                raise UsageError(
+                    f"work on {prefix!r} in {self.root}",
+                    found=f"what is no entry of frostline: {found[0].why}",
+                    fix="nothing, it is left alone; or remove it by other means",
+                )
             return found[0]
         raise UsageError(
             f"find the cache entry {prefix!r}",
@@ -282,6 +297,8 @@ class Library:
         users = entry.path / _USERS
         with _io.storage_errors(f"verify {entry.path}"):
             with self._locked():
+                if entry.path.is_dir():  # an entry that has gone must not come back
+                    _io.make_folder(users)
                 used = users.stat().st_mtime_ns
                 lease = _Lease(users, mode=self._mode)
             try:
@@ -317,13 +334,14 @@ class Library:
             dry_run: remove nothing, only say what would go.
 
         Raises:
-            UsageError: a name that fits no entry, or several.
+            UsageError: a name that fits no entry, several, or something foreign.
             StorageError: the library itself cannot be used.
         """
+        named = {self.match(prefix, ours=True).name for prefix in names}
         if not self._exists():
             return Pruned((), ())
-        named = {self.match(prefix).name for prefix in names}
-        listed = sorted(self._scan(count=False), key=lambda e: e.last_used)
+        # Whether a store can be opened at all shows when its rows are counted.
+        listed = sorted(self._scan(count=damaged), key=lambda e: e.last_used)
         ours = [entry for entry in listed if entry.state != "foreign"]
         now, total = time.time(), sum(e.size_bytes for e in ours)
         removed, in_use, failed = [], [], []
@@ -369,9 +387,6 @@ class Library:
     @property
     def _mode(self) -> int:
         return 0o666 if self.shared else 0o600
-
-    def _path(self, key: CacheKey) -> Path:
-        return self.root / key.digest[:32]
 
     def _exists(self) -> bool:
         if not os.path.lexists(self.root):

@@ -121,6 +121,8 @@ class CachedLoader:
             loader, self._data_changed,
             views=views, identity=identity, stable_order=stable_order, samples=samples,
         )  # fmt: skip
+        if views.augmented:
+            cache.report.note(f"{name}: {self._feed.describe()}")
         self.fixed = True
         self._epoch = 0
         self._calls: dict[Any, Call] = {}

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from frostline.backends.torch.digest import unwrapped
 from frostline.backends.torch.example import Example
-from frostline.backends.torch.tracing import leave_untouched
+from frostline.backends.torch.tracing import is_compiled, leave_untouched, uncompiled
 from frostline.errors import FrontierError
 from frostline.frontier.finding import (
     LENIENCE,
@@ -168,7 +168,7 @@ def find_region(
         (pairs[2], False, True),
     ):
         try:
-            with leave_untouched(root) as keep, ignoring_known_hooks(ignore):
+            with leave_untouched(root) as keep, ignoring_known_hooks(ignore), uncompiled():
                 first = _first_pass(root, example, keep)
                 recorded = partial(_recorded, root, example, attempt, keep, split, live)
                 names = _frozen_modules(root, split, live) if whole else frozenset[str]()
@@ -341,6 +341,11 @@ def _recorded(
     return Region(root, found, three, tape, one.recorder)
 
 
+def _trains(module: nn.Module) -> bool:
+    """Whether a module is run in each step; compiled ones are operations only if they train."""
+    return is_compiled(module) or any(p.requires_grad for p in module.parameters())
+
+
 def _check_kind(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise FrontierError(
@@ -376,7 +381,10 @@ class Region:
         self._names = _input_names(example)
         self._tapes: dict[Any, _Tape] = {self._signature(example): tape}
         self._modules = {name: root.get_submodule(name) for name in found.script.skipped}
-        self._modules |= {name: root.get_submodule(name) for name in found.script.scripted}
+        opaque = {name: root.get_submodule(name) for name in found.script.scripted}
+        trained = {name for name, module in opaque.items() if _trains(module)}
+        self._modules |= {name: m for name, m in opaque.items() if name not in trained}
+        self._sent = {**self._modules, **opaque}
         self.slots = self._make_slots(tape)
         self.skipped = tuple(
             entry.title for entry in found.script.entries if entry.verdict is Verdict.CALL
@@ -705,7 +713,7 @@ class Region:
 
         args, kwargs = map_leaves((example.args, dict(example.kwargs)), wrap, objects=True)
         try:
-            with overridden(self._modules, session.call), hooks_on_values(self._hooked):
+            with overridden(self._sent, session.call), hooks_on_values(self._hooked):
                 self._root(*args, **kwargs)
         except (AllFilled, FrontierError) as end:
             if isinstance(end, FrontierError):
@@ -768,7 +776,7 @@ class Region:
         with (
             self.untouched(),
             torch.set_grad_enabled(self._with_grad),
-            overridden(self._modules, session.call),
+            overridden(self._sent, session.call),
             hooks_on_values(self._hooked),
         ):
             with suppress(AllFilled):
@@ -845,7 +853,7 @@ class Region:
         call = self._root if forward is None else forward
         with (
             self.undoing(),
-            overridden(self._modules, session.call),
+            overridden(self._sent, session.call),
             hooks_on_values(self._hooked),
         ):
             try:

@@ -67,8 +67,8 @@ class CacheReport:
             f"s, instead of {each * self.read_rows:.1f} s; {paid}"
         )
 
-    def note(self, text: str) -> None:
-        """Say something once."""
+    def note(self, text: str, *, warn: bool = False) -> None:
+        """Say something once; what costs the user time and can be mended is a warning."""
         if text not in self.notes:
             self.notes.append(text)
-            _log.info("%s", text)
+            _log.log(logging.WARNING if warn else logging.INFO, "%s", text)

@@ -184,7 +184,8 @@ class Script:
         entries: in order.
         skipped: name -> numbers of its calls that are skipped.
         inputs: number of input values; they are the first ones.
-        scripted: names of TorchScript modules, which count as operations.
+        scripted: names of TorchScript modules, and of compiled ones that train: they count as
+            operations.
         grads: numbers of the values that carry a gradient because the model asked for one.
         outputs: numbers of the values that leave through the model's output or its attributes.
     """

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frostline.backends.torch.tracing import is_compiled
 from frostline.frontier.script import (
     Call,
     Entry,
@@ -61,6 +62,8 @@ Forward = Callable[..., Any]
 TRAINS = "uses what trains"
 NO_SAMPLE = "returns a tensor that depends on no sample"
 _BLANK = torch.empty(0)
+#: Where `nn.Module.compile` leaves what is called in place of the module's own code.
+_COMPILED_CALL = "_compiled_call_impl"
 SET_GRAD = getattr(Tensor, "requires_grad").__set__  # noqa: B009  a property on the class
 WANTS_GRAD = frozenset({Tensor.requires_grad_, SET_GRAD})
 
@@ -78,21 +81,24 @@ def overridden(
 ) -> Iterator[None]:
     """Send the `forward` of these modules through `call(name, original, args, kwargs)`.
 
-    Hooks of a module run around it as ever.
+    Hooks of a module run around it as ever. Of a module that was compiled in place, hooks included,
+    it is the compiled call that is sent: compiled code knows no stand-ins.
     """
-    kept: list[tuple[dict[str, Any], Any]] = []
+    kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, module in modules.items():
             own = vars(module)
-            kept.append((own, own.get("forward", _BLANK)))
-            own["forward"] = _sent(call, name, module.forward)
+            compiled = own.get(_COMPILED_CALL)
+            door = "forward" if compiled is None else _COMPILED_CALL
+            kept.append((own, door, own.get(door, _BLANK)))
+            own[door] = _sent(call, name, module.forward if compiled is None else compiled)
         yield
     finally:
-        for own, before in kept:
+        for own, door, before in kept:
             if before is _BLANK:
-                own.pop("forward", None)
+                own.pop(door, None)
             else:
-                own["forward"] = before
+                own[door] = before
 
 
 @contextmanager
@@ -210,6 +216,8 @@ class Recorder:
         grads: values of which the model's own code wants a gradient.
         kept: (module, attribute) where the model left values of the frozen region.
         opened: names of the modules that cannot be taken as a whole.
+        opaque: names of the modules that count as one operation: TorchScript, and compiled ones
+            that train.
         insides: what happened inside of each call that ran as a whole, by its number in `calls`.
     """
 
@@ -218,6 +226,7 @@ class Recorder:
     ) -> None:
         self.open = True
         self.opened: set[str] = set()
+        self.opaque: set[str] = set()
         self.insides: dict[int, Inside] = {}
         self._whole = frozenset(whole)
         self.entries: list[Entry] = []
@@ -374,7 +383,8 @@ class Recorder:
         if not self.open:
             return original(*args, **kwargs)
         module, taint = self._modules[name], self._taint
-        if isinstance(module, torch.jit.ScriptModule):
+        if self._is_opaque(module):
+            self.opaque.add(name)
             return _through(self, Scripted(name, original), args, kwargs)
         number = self._counts.get(name, 0)
         self._counts[name] = number + 1
@@ -413,6 +423,12 @@ class Recorder:
         if record.entry is not None:
             record.entry.stale = stale
         return result
+
+    def _is_opaque(self, module: nn.Module) -> bool:
+        """Whether a module's code cannot see stand-ins, and cannot be skipped either."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return True
+        return is_compiled(module) and self._taint.is_live(list(module.parameters()))
 
     def _call_whole(
         self, record: Call, original: Forward, args: Any, kwargs: Any, ins: list[StandIn]
@@ -566,7 +582,7 @@ class _Named:
 
 
 class Scripted:
-    """The forward of a TorchScript module, which knows no stand-ins, as an operation.
+    """The forward of a TorchScript or compiled module, which knows no stand-ins, as an operation.
 
     Args:
         name: of the module.

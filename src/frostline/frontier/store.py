@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,11 @@ from numpy.typing import NDArray
 
 from frostline import _io
 from frostline.errors import DamagedFile, FrontierError, StorageError, few
-from frostline.frontier.encodings import Column, Encoding
+from frostline.frontier.encodings import Codec, Column, Encoding
 from frostline.frontier.notes import read_checked, write_once
 from frostline.frontier.segments import BLOCK_ROWS, BoolArray, IntArray, Table
 
-__all__ = ["BLOCK_ROWS", "Column", "Damage", "Encoding", "Store"]
+__all__ = ["BLOCK_ROWS", "Column", "Damage", "Encoding", "Store", "bytes_of_rows"]
 
 _log = logging.getLogger("frostline")
 _FORMAT = 1
@@ -55,6 +56,26 @@ class Damage:
 
     checked: int
     damaged: tuple[int, ...]
+
+
+def bytes_of_rows(columns: Mapping[Column, Sequence[int]], rows: int) -> int:
+    """The least budget that keeps so many rows.
+
+    Args:
+        columns: with the shape of one row of each; ragged ones at a length that is usual.
+        rows: how many, rounded up to whole blocks.
+
+    Example:
+        >>> bytes_of_rows({Column("x", "float32"): (16,)}, 1000)
+        106710
+    """
+    each = sum(
+        Codec(column, tuple(shape)).row_bytes + (16 if column.ragged else 8)
+        for column, shape in columns.items()
+    )
+    blocks = -(-rows // BLOCK_ROWS)
+    aside = _OVERHEAD_BYTES * (1 + len(columns))
+    return math.ceil((each * blocks * BLOCK_ROWS + aside) / (1 - _OVERHEAD_SHARE))
 
 
 class Store:
@@ -196,6 +217,11 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):
                     total += file.stat(follow_symlinks=False).st_blocks * 512
         return total
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The most that it puts on disk; None: no bound."""
+        return self._budget_bytes
 
     @property
     def admitted_rows(self) -> int:

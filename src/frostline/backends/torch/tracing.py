@@ -38,6 +38,7 @@ __all__ = [
     "Trace",
     "Use",
     "check_runnable",
+    "is_compiled",
     "leave_untouched",
     "private_batch",
     "run_model",
@@ -354,6 +355,22 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {key: _map_tensors(item, change) for key, item in value.items()}
     return value
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module go through `torch.compile`, as a wrapper or in place.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> is_compiled(layer), is_compiled(torch.compile(layer))
+        (False, True)
+        >>> layer.compile()
+        >>> is_compiled(layer)
+        True
+    """
+    # No public way to ask: what `nn.Module.compile` leaves, and a wrapper's only child.
+    own = vars(module)
+    return own.get("_compiled_call_impl") is not None or "_orig_mod" in own.get("_modules", ())
 
 
 @contextmanager
