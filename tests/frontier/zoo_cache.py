@@ -49,15 +49,16 @@ class Samples:
 
 
 def _of_types(data: Example, like: Example) -> Example:
-    """The same data with the numbers of another batch: float64 where the harness asks for it."""
-    types = iter([x.dtype if isinstance(x, Tensor) else None for x in leaves_of(
-        (like.args, dict(like.kwargs))).items])  # fmt: skip
+    """The same data; in float64 where another batch is: where the harness asks for it."""
+    tensors = [x for x in leaves_of((like.args, dict(like.kwargs))).items if isinstance(x, Tensor)]
+    if all(t.dtype != torch.float64 for t in tensors):
+        return data
 
-    def change(leaf: Any) -> Any:
-        kind = next(types)
-        return leaf if kind is None or not isinstance(leaf, Tensor) else leaf.to(kind)
+    def widen(leaf: Any) -> Any:
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.double() if floating else leaf
 
-    return Example(*map_leaves((data.args, dict(data.kwargs)), change, objects=True))
+    return Example(*map_leaves((data.args, dict(data.kwargs)), widen, objects=True))
 
 
 class Cached:
