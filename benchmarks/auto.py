@@ -248,7 +248,9 @@ def _verdict(log: Mapping[str, Any]) -> list[str]:
     lines = [_counted(title, found) for title, found in apart.items() if found]
     few = [found["title"] for found in done if len(found["arms"]["auto"]) < SEEDS]
     if few:
-        lines.append(f"- Fewer than {SEEDS} seeds, so that the interval allows much: {_and(few)}.")
+        lines.append(
+            f"- Fewer than {SEEDS} seeds, so that the interval allows much: {' and '.join(few)}."
+        )
     return [*lines, f"- Pairs not run yet: {len(SIZES) - len(done)} of {len(SIZES)}."]
 
 
@@ -258,10 +260,6 @@ def _counted(title: str, done: Sequence[Mapping[str, Any]]) -> str:
     met, cheap = sum(of.met for of in found), sum(of.share <= COST_SHARE for of in found)
     text = f"- {title}: met on {met} of {len(found)}, on {close} of them by the half point itself; "
     return f"{text}{cheap} within {COST_SHARE:.0%} of the sweep's cost."
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join(names)
 
 
 def _details(found: Mapping[str, Any]) -> list[str]:

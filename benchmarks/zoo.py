@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,44 +59,43 @@ WORDS = {
 }
 
 
+def chosen(words: list[str]) -> Iterator[tuple[harness.Case, str]]:
+    """Every case at every depth; of those with one of these words in the name, if there are any."""
+    for case in CASES.values():
+        if not words or any(word in case.name for word in words):
+            yield from ((case, depth) for depth in case.depths)
+
+
 def gather(words: list[str]) -> list[dict[str, Any]]:
     """Compare every case at every depth."""
     cells = []
-    for case in CASES.values():
-        if words and not any(word in case.name for word in words):
-            continue
-        for depth in case.depths:
-            start = time.perf_counter()
-            found = harness.compare(case, depth)
-            cell = asdict(found) | {
-                "hostile": case.hostile,
-                "right": found.kind in case.right(depth),
-                "took_s": round(time.perf_counter() - start, 2),
-            }
-            cells.append(cell)
-            print(f"{found.kind:10} {case.name} | {depth} | {found.reason[:120]}", flush=True)
+    for case, depth in chosen(words):
+        start = time.perf_counter()
+        found = harness.compare(case, depth)
+        cell = asdict(found) | {
+            "hostile": case.hostile,
+            "right": found.kind in case.right(depth),
+            "took_s": round(time.perf_counter() - start, 2),
+        }
+        cells.append(cell)
+        print(f"{found.kind:10} {case.name} | {depth} | {found.reason[:120]}", flush=True)
     return cells
 
 
 def gather_cached(words: list[str]) -> list[dict[str, Any]]:
     """The same with the library's cache."""
     cells = []
-    for case in CASES.values():
-        if words and not any(word in case.name for word in words):
-            continue
-        for depth in case.depths:
-            with tempfile.TemporaryDirectory() as folder:
-                found, report = compare_cached(case, depth, Path(folder))
-            cells.append({
-                "case": case.name, "depth": depth, "hostile": case.hostile, "needs": case.needs,
-                "kind": found.kind, "reason": found.reason, "error": found.error,
-                "steps": report.batches if report else 0,
-                "replayed": report.replayed if report else 0,
-                "notes": list(report.notes) if report else [],
-            })  # fmt: skip
-            print(
-                f"cache: {found.kind:10} {case.name} | {depth} | {found.reason[:120]}", flush=True
-            )
+    for case, depth in chosen(words):
+        with tempfile.TemporaryDirectory() as folder:
+            found, report = compare_cached(case, depth, Path(folder))
+        cells.append({
+            "case": case.name, "depth": depth, "hostile": case.hostile, "needs": case.needs,
+            "kind": found.kind, "reason": found.reason, "error": found.error,
+            "steps": report.batches if report else 0,
+            "replayed": report.replayed if report else 0,
+            "notes": list(report.notes) if report else [],
+        })  # fmt: skip
+        print(f"cache: {found.kind:10} {case.name} | {depth} | {found.reason[:120]}", flush=True)
     return cells
 
 

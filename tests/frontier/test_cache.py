@@ -40,11 +40,6 @@ from frostline.frontier.store import Column, Store, bytes_of_rows
 Change = Callable[[nn.Module, int], None]
 
 
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "stores")
-
-
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("CRITICAL", "frostline")

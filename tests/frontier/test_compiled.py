@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +15,6 @@ from frostline.backends.torch.example import Example
 from frostline.frontier.cache import FrontierCache
 from frostline.frontier.library import Library
 from frostline.frontier.region import find_region
-
-
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "stores")
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +54,16 @@ def wrapped(module: nn.Module, compiler: Compiler) -> nn.Module:
 WAYS = {"in place": in_place, "wrapped": wrapped}
 
 
+def block(number: int, way: str, compiler: Compiler) -> Callable[[Tower], nn.Module]:
+    """Compiles one block of a tower."""
+
+    def compiled(model: Tower) -> nn.Module:
+        model.blocks[number] = WAYS[way](model.blocks[number], compiler)
+        return model
+
+    return compiled
+
+
 def trained(
     library: Library, compiled: Callable[[Tower], nn.Module], plain: Any
 ) -> tuple[FrontierCache, nn.Module]:
@@ -77,11 +81,7 @@ def test_what_trains_may_be_compiled(way: str, library: Library) -> None:
     """The layer at the frontier, which is handed stored values: the hardest place."""
     compiler = Compiler()
 
-    def compiled(model: Tower) -> nn.Module:
-        model.blocks[2] = WAYS[way](model.blocks[2], compiler)
-        return model
-
-    cache, _ = trained(library, compiled, run(tower(), None, Given()))
+    cache, _ = trained(library, block(2, way, compiler), run(tower(), None, Given()))
     assert cache.report.replayed == cache.report.batches == 10, cache.report.notes
     assert compiler.calls >= 10
     assert compiler.graphs <= 4
@@ -91,11 +91,7 @@ def test_what_trains_may_be_compiled(way: str, library: Library) -> None:
 def test_what_is_frozen_and_compiled_is_left_out(way: str, library: Library) -> None:
     compiler = Compiler()
 
-    def compiled(model: Tower) -> nn.Module:
-        model.blocks[1] = WAYS[way](model.blocks[1], compiler)
-        return model
-
-    cache, model = trained(library, compiled, run(tower(), None, Given()))
+    cache, model = trained(library, block(1, way, compiler), run(tower(), None, Given()))
     assert cache.report.replayed == cache.report.batches == 10, cache.report.notes
     region = find_region(model, Example((torch.randn(6, WIDTH),)))
     assert region.skipped in (("blocks.0", "blocks.1"), ("blocks.0", "blocks.1#1"))

@@ -37,11 +37,6 @@ def _quick_disk() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "stores")
-
-
 def key(name: str = "a") -> CacheKey:
     return CacheKey({"weights": {name: "bits"}, "versions": {"torch": "2.14"}})
 

@@ -88,11 +88,6 @@ def seeded_loader(data: Any, *, batch_size: int = 16, **options: Any) -> DataLoa
     return DataLoader(data, batch_size=batch_size, **options)
 
 
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "stores")
-
-
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, "frostline")

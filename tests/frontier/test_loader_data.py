@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,11 +24,6 @@ from frontier.test_loader import (
 )
 from frostline.frontier.library import Library
 from frostline.frontier.views import Views
-
-
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "stores")
 
 
 @pytest.fixture(autouse=True)

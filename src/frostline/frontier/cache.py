@@ -32,7 +32,7 @@ from frostline.backends.torch.digest import (
 )
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.random_state import mix
-from frostline.backends.torch.tracing import is_compiled
+from frostline.backends.torch.tracing import COMPILED_CALL, is_compiled
 from frostline.errors import FrontierError, StorageError
 from frostline.frontier.arrays import to_numpy, to_torch
 from frostline.frontier.balance import Balance
@@ -1122,8 +1122,8 @@ def _compiled_whole(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     root = unwrapped(model)
     while True:
         own = vars(model)
-        if own.get("_compiled_call_impl") is not None:  # left by `nn.Module.compile`
-            found.append((own, "_compiled_call_impl", None))
+        if own.get(COMPILED_CALL) is not None:
+            found.append((own, COMPILED_CALL, None))
         if model is root:
             return found
         (inner,) = model.children()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frostline.backends.torch.tracing import is_compiled
+from frostline.backends.torch.tracing import COMPILED_CALL, is_compiled
 from frostline.frontier.script import (
     Call,
     Entry,
@@ -62,8 +62,6 @@ Forward = Callable[..., Any]
 TRAINS = "uses what trains"
 NO_SAMPLE = "returns a tensor that depends on no sample"
 _BLANK = torch.empty(0)
-#: Where `nn.Module.compile` leaves what is called in place of the module's own code.
-_COMPILED_CALL = "_compiled_call_impl"
 SET_GRAD = getattr(Tensor, "requires_grad").__set__  # noqa: B009  a property on the class
 WANTS_GRAD = frozenset({Tensor.requires_grad_, SET_GRAD})
 
@@ -88,8 +86,8 @@ def overridden(
     try:
         for name, module in modules.items():
             own = vars(module)
-            compiled = own.get(_COMPILED_CALL)
-            door = "forward" if compiled is None else _COMPILED_CALL
+            compiled = own.get(COMPILED_CALL)
+            door = "forward" if compiled is None else COMPILED_CALL
             kept.append((own, door, own.get(door, _BLANK)))
             own[door] = _sent(call, name, module.forward if compiled is None else compiled)
         yield

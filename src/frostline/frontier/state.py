@@ -230,6 +230,7 @@ def _differs(table: Mapping[str, Any], key: str, value: Any) -> bool:
 
 #: Classes of Python's own that people keep their settings in.
 _SETTINGS = (types.SimpleNamespace, argparse.Namespace)
+_CONTAINERS = (Mapping, list, tuple, deque)
 #: What of a user's own object or container is looked at: so many levels, of so many entries.
 _GLANCE_DEPTH, _GLANCE_ENTRIES = 3, 32
 Seen = tuple[Mapping[str, Any], str, Any, str]
@@ -266,7 +267,7 @@ def _may_hold(value: Any, *, containers: bool) -> bool:
     """Whether an attribute is an object of the user's own, or a container of such code."""
     if isinstance(value, (*_PLAIN, Tensor, nn.Module)) or callable(value):
         return False
-    if isinstance(value, (Mapping, list, tuple, deque)):
+    if isinstance(value, _CONTAINERS):
         return containers
     return _is_open(value)
 
@@ -284,18 +285,16 @@ def _glance(value: Any, depth: int = _GLANCE_DEPTH) -> Any:
         return value
     if isinstance(value, Tensor):
         return state_of(value)
-    if isinstance(value, Mapping):
-        inner: Any = value.items()
-    elif isinstance(value, (list, tuple, deque)):
-        inner = enumerate(value)
-    elif callable(value) or isinstance(value, types.ModuleType) or not hasattr(value, "__dict__"):
+    if depth == 0:
+        return id(value)
+    if isinstance(value, _CONTAINERS):
+        if len(value) > _GLANCE_ENTRIES:
+            return id(value)
+        inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+    elif callable(value) or isinstance(value, types.ModuleType) or not _is_open(value):
         return id(value)
     else:
-        inner = vars(value).items() if _is_open(value) else ()
-    if depth == 0 or len(value if isinstance(value, (Mapping, list, tuple, deque)) else ()) > (
-        _GLANCE_ENTRIES
-    ):
-        return id(value)
+        inner = vars(value).items()
     return id(value), tuple((str(k), _glance(v, depth - 1)) for k, v in inner)
 
 

@@ -188,7 +188,8 @@ def analyse(
     given = {"reference": reference, "margin": margin, "level": level, "target": target}
     spec = replace(declared, **{key: value for key, value in given.items() if value is not None})
     read = {key: _read(folder, key) for key in run_order(spec) if folder.done(key)}
-    arms = tuple(_figures(folder, spec, arm, read) for arm in spec.arms)
+    charged = charges({key: of.cache for key, of in read.items()})
+    arms = tuple(_figures(folder, spec, arm, read, charged) for arm in spec.arms)
     whole = {found.arm.name: found for found in arms if len(found.runs) == len(spec.seeds)}
     missing = tuple(
         f"{key.arm}, seed {key.seed}" for key in run_order(spec) if not folder.finished(key)
@@ -245,9 +246,12 @@ _ENVIRONMENT = ("machine", "device", "threads", "torch", "python")
 
 
 def _figures(
-    folder: StudyFolder, spec: StudySpec, arm: Arm, read: Mapping[TrialKey, _Read]
+    folder: StudyFolder,
+    spec: StudySpec,
+    arm: Arm,
+    read: Mapping[TrialKey, _Read],
+    charged: Mapping[TrialKey, float],
 ) -> ArmFigures:
-    charged = charges({key: of.cache for key, of in read.items()})
     runs, failures = {}, {}
     for seed in spec.seeds:
         key = TrialKey(arm.name, seed)

@@ -29,7 +29,7 @@ from frostline.registry import make_policy
 from frostline.study.compare import declare, default_folder
 from frostline.study.folder import StudyFolder, TrialKey
 from frostline.study.runner import OnEvent, open_study, run_study
-from frostline.study.spec import StudySpec, arms_of, shortened
+from frostline.study.spec import NAME_LENGTH, StudySpec, arms_of, shortened
 from frostline.study.statistics import Paired, paired
 from frostline.tasks.allowance import Budget
 from frostline.tasks.config import RunConfig, load_config
@@ -56,7 +56,6 @@ Change = Literal["changes", "changes by the means", "never changes", "unclear"]
 #: The sizes around it, and the size interpolated.
 _Crossing = tuple[tuple[int, int], float]
 _FORMAT = 1
-_NAME_LENGTH = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,7 +407,7 @@ def _declared(
         own = load_config(None, {**shared, **arm.settings, "policy": arm.policy})
         for size in sizes:
             end = f"@{size}"
-            name = f"{shortened(arm.name, _NAME_LENGTH - len(end))}{end}"
+            name = f"{shortened(arm.name, NAME_LENGTH - len(end))}{end}"
             length = _length(own, size, sizes[-1])
             arms[name] = {"policy": arm.policy, **arm.settings, **length}
     base = {key: value for key, value in shared.items() if key not in ("epochs", "budget")}

@@ -14,6 +14,7 @@ from frostline.registry import make_policy, short_form
 
 __all__ = [
     "CONTROLS",
+    "NAME_LENGTH",
     "Arm",
     "Control",
     "StudySpec",
@@ -31,8 +32,9 @@ CONTROLS: Mapping[Control, str] = {
     "placebo": "the arm's rule with the values of its signals shuffled between layer groups",
 }
 _FORMAT = 1
-_NAME_LENGTH = 80
-_NAME = re.compile(rf"[a-z0-9][a-z0-9.+=_@-]{{0,{_NAME_LENGTH - 1}}}")
+#: Most characters of the name of an arm, which is that of a folder.
+NAME_LENGTH = 80
+_NAME = re.compile(rf"[a-z0-9][a-z0-9.+=_@-]{{0,{NAME_LENGTH - 1}}}")
 _SEED_END = 2**32
 
 
@@ -320,7 +322,7 @@ def _slug(text: str) -> str:
     return shortened(plain) or "arm"
 
 
-def shortened(name: str, most: int = _NAME_LENGTH) -> str:
+def shortened(name: str, most: int = NAME_LENGTH) -> str:
     """A name of at most so many characters; a digest keeps apart those that are longer.
 
     Args:

@@ -35,6 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from frostline.errors import ModelError
 
 __all__ = [
+    "COMPILED_CALL",
     "Trace",
     "Use",
     "check_runnable",
@@ -357,6 +358,11 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+#: Where `nn.Module.compile` leaves what is called in place of the module's own code; private
+#: upstream, and there is no public way to ask.
+COMPILED_CALL = "_compiled_call_impl"
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of a module go through `torch.compile`, as a wrapper or in place.
 
@@ -368,9 +374,9 @@ def is_compiled(module: nn.Module) -> bool:
         >>> is_compiled(layer)
         True
     """
-    # No public way to ask: what `nn.Module.compile` leaves, and a wrapper's only child.
+    # No public way to ask of what was compiled in place; a wrapper has one child of this name.
     own = vars(module)
-    return own.get("_compiled_call_impl") is not None or "_orig_mod" in own.get("_modules", ())
+    return own.get(COMPILED_CALL) is not None or "_orig_mod" in own.get("_modules", ())
 
 
 @contextmanager
