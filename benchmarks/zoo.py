@@ -6,6 +6,7 @@ way is one line of the log `zoo.json`, from which the table `zoo.md` is made.
 
     python benchmarks/zoo.py [--only WORD ...]       # a part is printed, and not written
     python benchmarks/zoo.py --cache                 # the runs with the cache alone, into the log
+    python benchmarks/zoo.py --device cuda --jobs 8  # on a GPU, into a log and a table of its own
     python benchmarks/zoo.py --report                # the table from the log, no runs
 """
 
@@ -13,14 +14,17 @@ way is one line of the log `zoo.json`, from which the table `zoo.md` is made.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,51 +61,93 @@ WORDS = {
     "DIFFERENT": "**DIFFERENT**",
     "crashed": "**crashed**",
 }
+#: Only on another device than the processor.
+UNABLE = "unable"
 
 
-def chosen(words: list[str]) -> Iterator[tuple[harness.Case, str]]:
+@dataclass(frozen=True)
+class Work:
+    """One way to freeze one model, to be judged in whichever process is free."""
+
+    case: str
+    depth: str
+    device: str
+    cached: bool
+
+
+def chosen(options: argparse.Namespace, *, cached: bool) -> list[Work]:
     """Every case at every depth; of those with one of these words in the name, if there are any."""
-    for case in CASES.values():
-        if not words or any(word in case.name for word in words):
-            yield from ((case, depth) for depth in case.depths)
+    words = options.only
+    return [
+        Work(case.name, depth, options.device, cached)
+        for case in CASES.values()
+        if not words or any(word in case.name for word in words)
+        for depth in case.depths
+    ]
 
 
-def gather(words: list[str]) -> list[dict[str, Any]]:
-    """Compare every case at every depth."""
-    cells = []
-    for case, depth in chosen(words):
-        start = time.perf_counter()
-        found = harness.compare(case, depth)
-        cell = asdict(found) | {
-            "hostile": case.hostile,
-            "right": found.kind in case.right(depth),
-            "took_s": round(time.perf_counter() - start, 2),
-        }
-        cells.append(cell)
-        print(f"{found.kind:10} {case.name} | {depth} | {found.reason[:120]}", flush=True)
-    return cells
+def gather(options: argparse.Namespace, *, cached: bool) -> list[dict[str, Any]]:
+    """Compare every case at every depth, with a bare region or with the library's cache."""
+    work = chosen(options, cached=cached)
+    start = functools.partial(prepare_process, options.threads, options.device)
+    if options.jobs == 1:
+        start()
+        return [judge(of) for of in work]
+    # A process that was forked could not use a GPU.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, start) as pool:
+        return list(pool.map(judge, work))
 
 
-def gather_cached(words: list[str]) -> list[dict[str, Any]]:
-    """The same with the library's cache."""
-    cells = []
-    for case, depth in chosen(words):
-        with tempfile.TemporaryDirectory() as folder:
-            found, report = compare_cached(case, depth, Path(folder))
-        cells.append({
-            "case": case.name, "depth": depth, "hostile": case.hostile, "needs": case.needs,
-            "kind": found.kind, "reason": found.reason, "error": found.error,
-            "steps": report.batches if report else 0,
-            "replayed": report.replayed if report else 0,
-            "notes": list(report.notes) if report else [],
-        })  # fmt: skip
-        print(f"cache: {found.kind:10} {case.name} | {depth} | {found.reason[:120]}", flush=True)
-    return cells
+def prepare_process(threads: int, device: str) -> None:
+    """Threads and arithmetic; on a GPU the same kernels for the same sizes, in full float32."""
+    torch.set_num_threads(threads)
+    logging.getLogger("frostline").setLevel(logging.ERROR)
+    if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def judge(work: Work) -> dict[str, Any]:
+    """Both twins, trained and compared; "unable" where the model does not train there at all."""
+    case = harness.placed(CASES[work.case], work.device)
+    start = time.perf_counter()
+    try:
+        cell = (_judge_cached if work.cached else _judge_region)(case, work.depth)
+    except Exception as error:
+        if work.device == "cpu":
+            raise
+        cell = asdict(harness.Outcome(work.case, work.depth, UNABLE, str(error)[:300]))
+        cell |= {"right": True, "steps": 0, "replayed": 0, "notes": []}
+    print(f"{'cache: ' * work.cached}{cell['kind']:10} {case.name} | {work.depth} | "
+          f"{cell['reason'][:120]}", flush=True)  # fmt: skip
+    took = {} if work.cached else {"took_s": round(time.perf_counter() - start, 2)}
+    return cell | {"hostile": case.hostile, "needs": case.needs} | took
+
+
+def _judge_region(case: harness.Case, depth: str) -> dict[str, Any]:
+    found = harness.compare(case, depth)
+    return asdict(found) | {"right": found.kind in case.right(depth)}
+
+
+def _judge_cached(case: harness.Case, depth: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        found, report = compare_cached(case, depth, Path(folder))
+    return {
+        "case": case.name, "depth": depth,
+        "kind": found.kind, "reason": found.reason, "error": found.error,
+        "steps": report.batches if report else 0,
+        "replayed": report.replayed if report else 0,
+        "notes": list(report.notes) if report else [],
+    }  # fmt: skip
 
 
 def verdict(cell: dict[str, Any]) -> str:
     """What a table says of one cell: the outcome, and how much was skipped."""
     kind = cell["kind"]
+    if kind == UNABLE:
+        return "-"
     text = WORDS[kind]
     if cell["needs"] and kind == "DIFFERENT":
         return "for verification"
@@ -125,6 +171,7 @@ def parts(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def summary(cells: list[dict[str, Any]]) -> list[str]:
     """Counts of friendly and of hostile cells."""
+    cells = [c for c in cells if c["kind"] != UNABLE]
     lines = ["| models | architectures | ways to freeze | " + " | ".join(WORDS) + " |",
              "|---" * (3 + len(WORDS)) + "|"]  # fmt: skip
     for name, rows in parts(cells).items():
@@ -140,6 +187,7 @@ def through_cache(cells: list[dict[str, Any]]) -> list[str]:
     kinds = ("equal", "close", "DIFFERENT", "crashed")
     lines = ["| models | ways to freeze | " + " | ".join(WORDS[k] for k in kinds)
              + " | steps without the frozen part |", "|---" * (len(kinds) + 3) + "|"]  # fmt: skip
+    cells = [c for c in cells if c["kind"] != UNABLE]
     for name, rows in parts(cells).items():
         counts = Counter(c["kind"] for c in rows)
         steps, replayed = (sum(c[key] for c in rows) for key in ("steps", "replayed"))
@@ -170,7 +218,7 @@ def reasons(cells: list[dict[str, Any]]) -> list[str]:
     lines = ["| architecture | frozen | outcome | reason |", "|---|---|---|---|"]
     found: dict[tuple[str, str, str], list[str]] = {}
     for c in cells:
-        if c["kind"] not in GOOD:
+        if c["kind"] not in (*GOOD, UNABLE):
             found.setdefault((c["case"], c["kind"], c["reason"]), []).append(c["depth"])
     for (name, kind, why), depths in found.items():
         text = why.replace("|", "/").removeprefix("FrontierError: ")
@@ -196,6 +244,13 @@ def table(log: dict[str, Any]) -> str:
         "backbone's layer groups that are frozen, from the input on."
     )
     friendly = [c for c in cells if not c["hostile"]]
+    unable = [c for c in cells if c["kind"] == UNABLE]
+    where = f"{m['device']}, deterministic kernels, no TF32; " if "device" in m else ""
+    if unable:
+        about += (
+            f" {len(unable)} of {len(cells)} ways (-) are left out: there the model itself does "
+            "not train on this device, most often as it makes tensors on the processor."
+        )
     return "\n".join(
         [
             "# The zoo: training on a frozen region, model by model",
@@ -224,7 +279,7 @@ def table(log: dict[str, Any]) -> str:
             "",
             *reasons(cells),
             "",
-            f"torch {m['torch']}, {m['threads']} thread(s), {m['processor']}. {MADE}",
+            f"{where}torch {m['torch']}, {m['threads']} thread(s), {m['processor']}. {MADE}",
             "",
         ]
     )
@@ -236,31 +291,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="no runs: the table from the log")
     parser.add_argument("--cache", action="store_true", help="only the runs with the cache")
+    parser.add_argument("--device", default="cpu", help="such as 'cuda'")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    logging.getLogger("frostline").setLevel(logging.ERROR)
+    name = NAME if options.device == "cpu" else f"{NAME}_{torch.device(options.device).type}"
+    if options.report or options.cache:
+        log = json.loads((bench.RESULTS / f"{name}.json").read_text())
     if options.report:
-        log = json.loads((bench.RESULTS / f"{NAME}.json").read_text())
-        bench.write(NAME, log, table(log))
+        bench.write(name, log, table(log))
         return
     options.clock = "wall"
-    if options.cache:
-        log = json.loads((bench.RESULTS / f"{NAME}.json").read_text())
-    else:
+    torch.set_num_threads(options.threads)
+    if not options.cache:
         log = {
             "machine": bench.machine(options),
             "steps": len(harness.SIZES),
             "samples": harness.SAMPLES,
-            "cells": gather(options.only),
+            "cells": gather(options, cached=False),
         }
-    log["cached"] = gather_cached(options.only)
+        if options.device != "cpu":
+            log["machine"]["device"] = torch.cuda.get_device_name(options.device)
+    log["cached"] = gather(options, cached=True)
     if options.only:
         print(table(log))
     else:
-        bench.write(NAME, log, table(log))
+        bench.write(name, log, table(log))
     wrong = [c for c in log["cells"] if not c["right"] and not c["needs"]]
     print(f"{len(wrong)} of {len(log['cells'])} are not right")
-    wrong = [c for c in log["cached"] if c["kind"] not in GOOD]
+    wrong = [c for c in log["cached"] if c["kind"] not in (*GOOD, UNABLE)]
     print(f"{len(wrong)} of {len(log['cached'])} are not right with the cache")
 
 

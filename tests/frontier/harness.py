@@ -32,6 +32,7 @@ from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import OWN_ATTRIBUTES
 from frostline.backends.torch.random_state import read_random_state
 from frostline.errors import FrontierError
+from frostline.frontier.structure import map_leaves
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 
@@ -207,6 +208,25 @@ def _doubled(make: Callable[[], Made]) -> Callable[[], Made]:
     return made
 
 
+def placed(case: Case, device: str) -> Case:
+    """The same case on another device: the model and its data are made on the CPU and moved."""
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def made() -> Made:
+        model, make_batch = case.make()
+
+        def make_there(n: int, seed: int) -> Example:
+            batch = make_batch(n, seed)
+            moved = map_leaves((batch.args, dict(batch.kwargs)), move, objects=True)
+            return Example(*moved)
+
+        return model.to(device), make_there
+
+    return case if device == "cpu" else replace(case, make=made)
+
+
 def order() -> list[list[int]]:
     """The samples of each step."""
     shuffled = random.Random(11).sample(range(SAMPLES), SAMPLES)
@@ -265,7 +285,9 @@ def fill_silent(model: nn.Module) -> None:
     with torch.no_grad():
         for p in model.parameters():
             if p.numel() and float(p.abs().max()) < SMALL:
-                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
+                p.copy_(
+                    torch.randn(p.shape, generator=g) * 0.2
+                )  # made on the CPU, so equal everywhere
 
 
 def loss_of(output: Any) -> Tensor:
@@ -276,9 +298,9 @@ def loss_of(output: Any) -> Tensor:
             continue
         values = (torch.view_as_real(t) if t.is_complex() else t).float().reshape(-1)
         values = values[torch.isfinite(values)] if values.numel() else values
-        weights = torch.cos(torch.arange(values.numel()) * 0.7 + k)
+        weights = torch.cos(torch.arange(values.numel(), device=values.device) * 0.7 + k)
         parts.append((values * weights).mean() + 0.5 * values.square().mean())
-    return torch.stack(parts).sum()
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
 def _finish(case: Case, twin: Twin, output: Any, batch: Example) -> Step:
@@ -608,6 +630,7 @@ def random_state() -> dict[str, Any]:
         "python": state["python"],
         "numpy": (numpy_state["key"].tolist(), numpy_state["pos"]),
         "torch": state["torch"].tolist(),
+        "cuda": [of.tolist() for of in state.get("cuda", ())],
     }
 
 

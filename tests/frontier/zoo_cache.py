@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from frontier import harness
 from frontier.zoo_cases import SAMPLES, Case
 from frostline.backends.torch.example import Example
+from frostline.backends.torch.random_state import undisturbed
 from frostline.frontier.cache import BLOCK, Batch, FrontierCache
 from frostline.frontier.library import Library
 from frostline.frontier.report import CacheReport
@@ -31,12 +30,9 @@ class Samples:
     def __init__(self, case: Case, like: Example) -> None:
         self._case = case
         self.fixed = case.batch_of is None
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        harness.seed(1)
-        self._all = _of_types(case.make()[1](SAMPLES, 3), like)
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        with undisturbed():
+            harness.seed(1)
+            self._all = _of_types(case.make()[1](SAMPLES, 3), like)
 
     def load(self, indices: Sequence[int], views: Sequence[int]) -> Example:
         """As the protocol says."""

@@ -140,7 +140,7 @@ def pick(data: Example, indices: list[int], dim: int = 0) -> Example:
         if isinstance(value, Tensor):
             if value.ndim <= dim or value.shape[dim] != SAMPLES:
                 return value.clone()
-            taken = value.index_select(dim, torch.tensor(indices))
+            taken = value.index_select(dim, torch.tensor(indices, device=value.device))
             if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
                 taken = taken.contiguous(memory_format=torch.channels_last)
             return taken
