@@ -157,7 +157,7 @@ class Bench:
             frozen: names of its frozen modules.
             call: instead of the model: what it was compiled to.
         """
-        model = call or self.model
+        model = self.model if call is None else call  # a compiled model has no truth value
 
         def ready() -> Callable[[], Tensor]:
             set_frozen(self.model, frozen)
