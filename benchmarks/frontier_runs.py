@@ -5,6 +5,7 @@ over `Region` and `Store`. Every pair of runs has the same seed and settings; ru
 the cache alternate in one process. A cached run starts with an empty store.
 
     python benchmarks/frontier_runs.py [--quick] [--rounds 2] [--threads 2] [--clock wall]
+    python benchmarks/frontier_runs.py --device cuda --threads 8
     python benchmarks/frontier_runs.py --report        # the table from the log
 
 Needs `data` and `models` of the shared folder beside the checkout.
@@ -19,21 +20,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench import seconds
-from frontier_bench import arguments, describe, gather, ratio_text, rows_of
+from bench import made_by, seconds
+from frontier_bench import arguments, describe, gather, machine_of, ratio_text, rows_of, size_text
 from frontier_models import SHARED, convert_lite0, minilm_path
 from frontier_sound import SoundRun
 
 import frostline
+from frostline.backends.torch.example import Example
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.measure import measure_costs
 from frostline.cost import predicted_step_s
+from frostline.frontier.cache import moved
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 from frostline.tasks.config import RunConfig, load_config
@@ -45,6 +48,14 @@ TOLERANCE = 1.05
 #: Samples of a batch whose costs bound the runs.
 BATCH = 32
 MODES = ("off", "on")
+#: What a GPU is lent for, and in what batches; fewer epochs, for it is lent by the minute.
+CUDA_JOBS = {
+    "flowers5-lite0-probe": 128,
+    "trec6-minilm-probe": 64,
+    "flowers5-lite0-half": 128,
+    "trec6-minilm-half": 64,
+}
+CUDA_EPOCHS, CUDA_WORKERS = 4, 4
 DATA = ("flowers5", "trec6", "fsdd")
 
 
@@ -76,6 +87,16 @@ class Job:
     def by_fit(self) -> bool:
         """Whether `frostline.fit` does it."""
         return self.model != "kwt1"
+
+    @property
+    def device(self) -> str:
+        """Where it trains."""
+        return self.settings.get("device", "cpu")
+
+    @property
+    def batch(self) -> int:
+        """Samples of a step."""
+        return self.settings.get("batch_size", BATCH)
 
 
 def jobs(scratch: Path, *, quick: bool) -> dict[str, Job]:
@@ -121,6 +142,27 @@ def jobs(scratch: Path, *, quick: bool) -> dict[str, Job]:
             "fsdd, KWT-1, six of twelve blocks frozen", "kwt1", fsdd, "7", few, {"lr": 1e-3}
         ),
     }  # fmt: skip
+
+
+def cuda_jobs(scratch: Path, *, quick: bool) -> dict[str, Job]:
+    """The jobs of a GPU: larger batches, few epochs, pictures prepared by workers."""
+    made, most = jobs(scratch, quick=quick), 2
+    found: dict[str, Job] = {}
+    for name, batch in CUDA_JOBS.items():
+        job = made[name]
+        workers = CUDA_WORKERS if name.startswith("flowers5") else 0
+        settings = {**job.settings, "device": "cuda", "batch_size": batch, "workers": workers}
+        title = f"{job.title}, batch {batch}" + (f", {workers} workers" if workers else "")
+        epochs = min(job.epochs, CUDA_EPOCHS)
+        found[name] = replace(
+            job, title=title, settings=settings, epochs=epochs, target=0.0, most=most
+        )
+    return found
+
+
+def jobs_of(device: str, scratch: Path, *, quick: bool) -> dict[str, Job]:
+    """The jobs of a device."""
+    return (cuda_jobs if device == "cuda" else jobs)(scratch, quick=quick)
 
 
 def shrunk(folder: Path, *, each: int = 8) -> Path:
@@ -186,6 +228,10 @@ def run(job: Job, cache: str, seed: int, *, clock: str, threads: int) -> dict[st
         threads: for arithmetic.
     """
     stamps = Stamps()
+    on_gpu = job.device == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as place:
         if job.by_fit:
             found = _fit(job, cache, seed, threads, Path(place), stamps)
@@ -205,7 +251,7 @@ def run(job: Job, cache: str, seed: int, *, clock: str, threads: int) -> dict[st
         **found,
         **stamps.times(clock),
         "peak_bytes": _memory_bytes("VmHWM"),
-    }
+    } | ({"cuda_peak_bytes": torch.cuda.max_memory_allocated()} if on_gpu else {})
 
 
 def _fit(
@@ -291,14 +337,20 @@ def measured_costs(job: Job) -> tuple[Costs, int, int]:
         return _costs(groups, FreezePlan(frozen=frozenset(frozen)), BATCH, 0.0), *sizes
     given = {"model": job.model, "data": str(job.data), **_settings(job)}
     task = load_task(load_config(None, given))
-    example = task.example(BATCH)
+    task.model.to(job.device)
+    example = _on(job.device, task.example(job.batch))
     groups = layer_groups(task.model, example, head=task.head)
     groups = measure_costs(task.model, groups, example, repeats=5)
     plan = FreezePlan.freezing(groups, job.frozen)
-    picked = range(0, len(task.train), max(1, len(task.train) // BATCH))
+    picked = range(0, len(task.train), max(1, len(task.train) // job.batch))
     batch: list[Any] = []
     load = seconds(lambda: batch.extend(task.train[i, None] for i in picked)) / len(picked)
-    return _costs(groups, plan, BATCH, load), len(task.train), len(task.val)
+    load /= max(1, job.settings.get("workers", 0))  # side by side, at best
+    return _costs(groups, plan, job.batch, load), len(task.train), len(task.val)
+
+
+def _on(device: str, example: Example) -> Example:
+    return moved(example, torch.device(device))
 
 
 def _costs(groups: LayerGroups, plan: FreezePlan, batch: int, load: float) -> Costs:
@@ -430,21 +482,48 @@ def table(log: Mapping[str, Any]) -> str:
         )
     lines = ["# Whole runs with the frozen region cached", "", f"{describe(log)} {ABOUT}", ""]
     lines += rows_of(HEAD, rows)
-    lines += ["", "Made by `python benchmarks/frontier_runs.py` from `frontier_runs.json`."]
+    lines += cuda_lines(log)
+    lines += ["", made_by("frontier_runs", machine_of(log))]
     return "\n".join(lines) + "\n"
+
+
+def cuda_lines(log: Mapping[str, Any]) -> list[str]:
+    """Seconds of an epoch and memory of the device, where one was used."""
+    rows = []
+    for result in log["results"]:
+        both = pairs(result["runs"])
+        if not all("cuda_peak_bytes" in run for pair in both for run in pair):
+            continue
+        later = [
+            statistics.median(statistics.median(pair[i]["epochs_s"][1:]) for pair in both)
+            for i in range(2)
+        ]
+        peaks = [max(pair[i]["cuda_peak_bytes"] for pair in both) for i in range(2)]
+        texts = [f"{s:.3g}" for s in later] + [size_text(peak) for peak in peaks]
+        rows.append([result["title"], *texts, f"{peaks[1] / peaks[0]:.2f}"])
+    if not rows:
+        return []
+    head = (
+        "run", "later epochs uncached s", "cached s", "peak on the device uncached", "cached",
+        "cached / uncached",
+    )  # fmt: skip
+    said = "'Peak on the device' is the most that torch had allocated since training began."
+    return ["", said, "", *rows_of(head, rows)]
 
 
 def one(arguments_of_one: Sequence[str]) -> None:
     """A single run in this process, for its peak of memory: prints JSON on the last line.
 
     Args:
-        arguments_of_one: job, "on" or "off", threads, and "quick" or "full".
+        arguments_of_one: job, "on" or "off", threads, "quick" or "full", and the device.
     """
-    name, cache, threads, size = arguments_of_one
+    name, cache, threads, size, device = arguments_of_one
     torch.set_num_threads(int(threads))
     with tempfile.TemporaryDirectory() as place:
         convert_lite0(Path(place) / "lite0.safetensors")
-        job = jobs(Path(place), quick=size == "quick")[name]
+        job = jobs_of(device, Path(place), quick=size == "quick")[name]
+        if device == "cuda":  # two epochs, one that fills and one that reads, reach the peak
+            job = replace(job, epochs=2)
         before = _memory_bytes("VmRSS")
         found = run(job, cache, 0, clock="wall", threads=int(threads))
     print(json.dumps(found | {"before_bytes": before}))
@@ -465,10 +544,10 @@ def main() -> None:
     try:
         convert_lite0(scratch / "lite0.safetensors")
         names = tuple(jobs(scratch, quick=True))
-        chosen = arguments(__doc__, rounds=2, quick=1, only=names)
+        chosen = arguments(__doc__, rounds=2, quick=1, only=names, devices=("cpu", "cuda"))
         np.seterr(all="raise", under="ignore")
         more = {"clock": chosen.clock, "threads": chosen.threads}
-        made = jobs(scratch, quick=chosen.quick)
+        made = jobs_of(chosen.device, scratch, quick=chosen.quick)
         gather(
             "frontier_runs",
             chosen,

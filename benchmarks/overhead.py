@@ -4,7 +4,7 @@ Three figures per model: the driver's calls alone, in microseconds against a tra
 steps with the driver against the same steps frozen by hand without Frostline, interleaved; and
 SHA-256 over everything frozen, in MB/s and as a share of a run of 100 steps.
 
-    python benchmarks/overhead.py [--rounds 60] [--threads 2] [--clock wall]
+    python benchmarks/overhead.py [--rounds 60] [--threads 2] [--clock wall] [--device cuda]
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from bench import CASES, Case, arguments, describe, machine, seconds, write
+from bench import (
+    Case,
+    arguments,
+    cases,
+    describe,
+    machine,
+    made_by,
+    read,
+    seconds,
+    step_seconds,
+    write,
+)
 from torch import nn
 
 from frostline.backends.torch import digest
@@ -55,7 +66,7 @@ def paired(plain: Callable[[], None], driven: Callable[[], None], rounds: int) -
     for i in range(rounds):
         both = [("plain", plain), ("driven", driven)]
         for name, work in both if i % 2 else reversed(both):
-            times[name].append(seconds(work))
+            times[name].append(step_seconds(work))
     return times
 
 
@@ -130,8 +141,7 @@ def table(log: dict[str, Any]) -> str:
     )
     notes = (
         f"{describe(log)} Policy `{POLICY}`: the cheapest step there is, so the hardest case. "
-        f"{log['rounds']} pairs of steps. Made by `python benchmarks/overhead.py` from "
-        "`overhead.json`."
+        f"{log['rounds']} pairs of steps. {made_by('overhead', log['machine'])}"
     )
     lines = ["# What the driver costs", "", notes, "", head, *map(row, log["results"])]
     return "\n".join(lines) + "\n"
@@ -139,8 +149,11 @@ def table(log: dict[str, Any]) -> str:
 
 def main() -> None:
     chosen = arguments(__doc__, rounds=60)
-    log: dict[str, Any] = {"machine": machine(chosen), "rounds": chosen.rounds}
-    log["results"] = [measure(make(), chosen.rounds) for make in CASES]
+    if chosen.report:
+        log = read("overhead", chosen.device)
+    else:
+        log = {"machine": machine(chosen), "rounds": chosen.rounds}
+        log["results"] = [measure(make(), chosen.rounds) for make in cases(chosen.device)]
     write("overhead", log, table(log))
 
 

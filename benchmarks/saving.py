@@ -7,7 +7,7 @@ on all alike, and compared within each round.
 Bounds: 3/(3-2f), with f the frozen share of the forward pass, assumes that forward, input gradient
 and weight gradient cost the same; the other is predicted from the measured cost of each group.
 
-    python benchmarks/saving.py [--rounds 15] [--threads 2] [--clock wall]
+    python benchmarks/saving.py [--rounds 15] [--threads 2] [--clock wall] [--device cuda]
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ import random
 import statistics
 from typing import Any
 
-from bench import CASES, Case, arguments, describe, machine, seconds, write
+from bench import (
+    Case,
+    arguments,
+    cases,
+    describe,
+    machine,
+    made_by,
+    read,
+    step_seconds,
+    write,
+)
 
 from frostline.backends.torch.backend import TorchBackend
 from frostline.backends.torch.grouping import layer_groups
@@ -42,7 +52,7 @@ def measure(case: Case, rounds: int, repeats: int = 3) -> dict[str, Any]:
         for depth in order.sample(sorted(times), len(times)):
             backend.apply(plan_of(groups, depth))
             case.step(model, optimizer)
-            took = [seconds(lambda: case.step(model, optimizer)) for _ in range(2)]
+            took = [step_seconds(lambda: case.step(model, optimizer)) for _ in range(2)]
             times[depth].append(min(took))
     forward = sum(g.cost.forward_s for g in groups if g.cost)
     full = predicted_step_s(groups, FreezePlan())
@@ -86,7 +96,7 @@ def table(log: dict[str, Any]) -> str:
     )
     notes = (
         f"{describe(log)} {log['rounds']} rounds, interleaved; speed-up over nothing frozen within "
-        "each round, median. Made by `python benchmarks/saving.py` from `saving.json`. A figure "
+        f"each round, median. {made_by('saving', log['machine'])} A figure "
         "above the first bound is possible: the shallowest group that trains needs no input "
         "gradient, frozen normalisation runs in evaluation mode, and the optimizer skips frozen "
         "weights; the second bound counts the first and the last of these."
@@ -99,9 +109,13 @@ def table(log: dict[str, Any]) -> str:
 
 def main() -> None:
     chosen = arguments(__doc__, rounds=15)
-    log: dict[str, Any] = {"machine": machine(chosen), "rounds": chosen.rounds}
+    if chosen.report:
+        log = read("saving", chosen.device)
+        write("saving", log, table(log))
+        return
+    log = {"machine": machine(chosen), "rounds": chosen.rounds}
     log["results"] = []
-    for make in CASES:
+    for make in cases(chosen.device):
         log["results"].append(measure(make(), chosen.rounds))
         write("saving", log, table(log))
 

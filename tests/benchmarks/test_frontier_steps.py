@@ -113,7 +113,7 @@ def test_every_variant_runs_in_every_round_until_the_budget_is_spent() -> None:
 def test_a_real_model_is_measured_and_its_gradients_agree() -> None:
     pytest.importorskip("torchvision")
     models = pytest.importorskip("frontier_models")
-    found = steps.measure(lambda: models.resnet18(32, 3), rounds=1)
+    found = steps.measure(lambda: models.resnet18(32, 3), steps.Wanted(rounds=1))
     assert found["depths"][0]["depth"] == "all but head"
     for e in found["depths"]:
         assert max(e["differs"].values()) < 1e-4

@@ -34,7 +34,7 @@ from frostline.backends.torch.example import Example
 from frostline.backends.torch.random_state import mix
 from frostline.backends.torch.tracing import COMPILED_CALL, is_compiled
 from frostline.errors import FrontierError, StorageError
-from frostline.frontier.arrays import to_numpy, to_torch
+from frostline.frontier.arrays import sent, to_numpy, to_torch
 from frostline.frontier.balance import Balance
 from frostline.frontier.encodings import Encoding
 from frostline.frontier.feature_augment import FeatureAugment
@@ -258,7 +258,7 @@ def moved(example: Example, device: torch.device) -> Example:
     """The same batch with its tensors on a device."""
 
     def move(leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+        return sent(leaf, device) if isinstance(leaf, Tensor) else leaf
 
     args, kwargs = map_leaves((example.args, dict(example.kwargs)), move, objects=True)
     return Example(args, kwargs)
@@ -1042,6 +1042,7 @@ class FrontierCache:
             examples = [moved(e, batch.real_device) for _, e in some]
             start = time.perf_counter()
             filled = use.region.fill_many(examples)
+            _wait_for(batch.real_device)
             end = time.perf_counter()
             samples = sum(batch_size(e) for e in examples)
             use.balance.add_computed(samples, end - (loading if use.source.fixed else start))
@@ -1108,6 +1109,12 @@ class FrontierCache:
             if not self._write(use, int(rows[0]), found):
                 return []
         return left
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given: before, the clock tells nothing of computing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 _ABSENT = object()

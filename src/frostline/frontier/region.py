@@ -32,6 +32,7 @@ from frostline.backends.torch.digest import unwrapped
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.tracing import is_compiled, leave_untouched, uncompiled
 from frostline.errors import FrontierError
+from frostline.frontier.arrays import sent
 from frostline.frontier.finding import (
     LENIENCE,
     Found,
@@ -1021,7 +1022,7 @@ class _Metas:
 
 def _placed(rows: Tensor, slot: Slot, spec: Spec, shape: tuple[int, ...]) -> Tensor:
     """Stored rows as the value that the model expects: on its device, in its shape and layout."""
-    value = slot.pattern.joined(rows.to(spec.device, spec.dtype))
+    value = slot.pattern.joined(sent(rows, spec.device, spec.dtype))
     if tuple(value.shape) != shape:
         value = _fitted(value, shape)
     if spec.stride is None:
