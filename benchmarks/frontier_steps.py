@@ -336,15 +336,13 @@ class Stored:
                 device=self._bench.device,
             )
 
-    def check(self) -> None:
-        """That the steps did come from the store.
-
-        Raises:
-            SystemExit: some took the full forward pass.
-        """
+    def other_way(self) -> str | None:
+        """Why some steps took the full forward pass, so that their time is not the store's."""
         report = self._cache.report
-        if report.replayed < report.batches:
-            raise SystemExit(f"not from the store: {report.notes}")
+        if report.replayed == report.batches:
+            return None
+        passed = report.batches - report.replayed
+        return f"{passed} of {report.batches} steps in full: {'; '.join(report.notes)}"
 
     def close(self) -> None:
         """Close the stores."""
@@ -436,18 +434,23 @@ def measure(make: Callable[[], Subject], wanted: Wanted) -> dict[str, Any]:
     subject = on_device(make(), wanted.device)
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as ends:
         found = _measured(Bench(subject), wanted, Path(place), ends)
-    return {"title": subject.title, "depths": found}
+    return {"title": subject.title, **found}
 
 
 def _measured(
     bench: Bench, wanted: Wanted, place: Path, ends: contextlib.ExitStack
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     subject = bench.subject
+    refused = dict[str, str]()
     variants: dict[str, Callable[[], Callable[[], object]]] = {"full": bench.uncached(())}
     cuts: list[dict[str, Any]] = []
-    from_disk: list[Stored] = []
+    from_disk = dict[str, Stored]()
     for cut in subject.cuts:
-        region, rows, find_s, fill_s = bench.fill(cut)
+        try:
+            region, rows, find_s, fill_s = bench.fill(cut)
+        except FrontierError as error:  # other depths, and other models, are measured all the same
+            refused[cut.name] = str(error.found)
+            continue
         with bench.precision():
             stored = cut.front(subject.model)(subject.inputs)
         entry = {"depth": cut.name, "find_s": find_s, "fill_s": fill_s, "batch": subject.batch}
@@ -460,19 +463,21 @@ def _measured(
         if wanted.store:
             steps = Stored(bench, cut, place / cut.name.replace(" ", "-"))
             ends.callback(steps.close)
-            from_disk.append(steps)
+            from_disk[f"{cut.name}/store"] = steps
             variants[f"{cut.name}/store"] = steps.ready
         if wanted.compiled and cut.name == COMPILED_DEPTH:
             variants |= _compiled_where_it_goes(bench, cut, stored, rows, entry)
     times = interleaved(variants, wanted.rounds, budget_s=wanted.budget_s)
-    for steps in from_disk:
-        steps.check()
+    for name, steps in from_disk.items():
+        if (why := steps.other_way()) is not None:
+            refused[name] = why
+            del times[name]
     for entry in cuts:
         own = {
             n.partition("/")[2]: t for n, t in times.items() if n.startswith(f"{entry['depth']}/")
         }
         entry["times"] = {"full": times["full"], **own}
-    return cuts
+    return {"depths": cuts, "refused": refused}
 
 
 def _compiled_where_it_goes(
@@ -742,6 +747,12 @@ def besides(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def refusals(result: Mapping[str, Any]) -> list[str]:
+    """What could not be cached, and why."""
+    found = result.get("refused", {})
+    return ["", *(f"- NOT CACHED, {name}: {why}" for name, why in found.items())] if found else []
+
+
 def about(log: Mapping[str, Any]) -> str:
     """What the figures of a log are."""
     said = [describe(log), ABOUT]
@@ -756,6 +767,9 @@ def table(log: Mapping[str, Any]) -> str:
     """Markdown, from the log alone."""
     lines = ["# Step time with the frozen region cached", "", about(log)]
     for result in log["results"]:
+        if not result["depths"]:
+            lines += ["", f"## {result['title']}", *refusals(result)]
+            continue
         worst = max(max(entry["differs"].values()) for entry in result["depths"])
         rounds = len(result["depths"][0]["times"]["full"])
         lines += [
@@ -768,6 +782,7 @@ def table(log: Mapping[str, Any]) -> str:
             "",
             *rows_of(HEAD, [row(entry) for entry in result["depths"]]),
             *besides(result),
+            *refusals(result),
         ]
     lines += ["", made_by("frontier_steps", machine_of(log))]
     return "\n".join(lines) + "\n"

@@ -155,8 +155,37 @@ def test_steps_from_the_store_do_come_from_it() -> None:
     def subject() -> Any:
         return steps.dataclasses.replace(models.resnet18(32, 3), cuts=(cut,))
 
-    (found,) = steps.measure(subject, wanted)["depths"]
-    assert found["times"]["store"][0] > 0
+    measured = steps.measure(subject, wanted)
+    assert measured["refused"] == {}
+    assert measured["depths"][0]["times"]["store"][0] > 0
+
+
+def test_a_depth_that_cannot_be_cached_is_told_and_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = pytest.importorskip("frontier_models")
+    fill = steps.Bench.fill
+
+    def picky(self: Any, cut: Any) -> Any:
+        if cut.name == "half":
+            raise steps.FrontierError("store it", found="rows that differ", fix="none")
+        return fill(self, cut)
+
+    def other_way(self: Any) -> str:
+        return "2 of 3 steps in full"
+
+    monkeypatch.setattr(steps.Bench, "fill", picky)
+    monkeypatch.setattr(steps.Stored, "other_way", other_way)
+    made = models.resnet18(32, 3)
+    few = steps.dataclasses.replace(made, cuts=(made.cuts[0], made.cuts[-1]))
+    found = steps.measure(lambda: few, steps.Wanted(rounds=1, store=True))
+    assert [entry["depth"] for entry in found["depths"]] == ["all but head"]
+    assert "store" not in found["depths"][0]["times"]
+    text = steps.table({"results": [found | {"machine": CPU}]})
+    assert "- NOT CACHED, half: rows that differ" in text
+    assert "- NOT CACHED, all but head/store: 2 of 3 steps in full" in text
+    nothing = {"results": [found | {"machine": CPU, "depths": []}]}
+    assert "NOT CACHED, half" in steps.table(nothing)
 
 
 def test_the_step_under_autocast_computes_in_bfloat16() -> None:
