@@ -42,11 +42,11 @@ def deterministic() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if not ON_CPU else []
     before = torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(mode=True)
     torch.backends.cudnn.benchmark = False
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(mode=before)
         torch.backends.cudnn.benchmark = benchmark

@@ -127,9 +127,10 @@ def test_frozen_bits_are_identical(
         before, trainer.shallow()
     )
     holds = trainer.driver.finish().holds
-    assert before.items() <= {
-        h.tensor: h.sha256 for h in holds if (h.from_step, h.to_step) == (4, 12)
-    }.items()
+    assert (
+        before.items()
+        <= {h.tensor: h.sha256 for h in holds if (h.from_step, h.to_step) == (4, 12)}.items()
+    )
     assert all(p.device.type == gpu.type for p in trainer.model.parameters())
 
 
