@@ -245,7 +245,7 @@ def table(log: dict[str, Any]) -> str:
     )
     friendly = [c for c in cells if not c["hostile"]]
     unable = [c for c in cells if c["kind"] == UNABLE]
-    where = f"{m['device']}, deterministic kernels, no TF32; " if "device" in m else ""
+    where = f"{m['gpu']}, deterministic kernels, no TF32; " if "gpu" in m else ""
     if unable:
         about += (
             f" {len(unable)} of {len(cells)} ways (-) are left out: there the model itself does "
@@ -294,11 +294,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="such as 'cuda'")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     options = parser.parse_args()
-    name = NAME if options.device == "cpu" else f"{NAME}_{torch.device(options.device).type}"
-    if options.report or options.cache:
-        log = json.loads((bench.RESULTS / f"{name}.json").read_text())
+    path = bench.RESULTS / f"{bench.titled(NAME, options.device)}.json"
+    log: dict[str, Any] = json.loads(path.read_text()) if options.report or options.cache else {}
     if options.report:
-        bench.write(name, log, table(log))
+        bench.write(NAME, log, table(log))
         return
     options.clock = "wall"
     torch.set_num_threads(options.threads)
@@ -309,13 +308,13 @@ def main() -> None:
             "samples": harness.SAMPLES,
             "cells": gather(options, cached=False),
         }
-        if options.device != "cpu":
-            log["machine"]["device"] = torch.cuda.get_device_name(options.device)
+        if not options.only:  # the second half is as long
+            path.write_text(json.dumps(log, indent=1) + "\n")
     log["cached"] = gather(options, cached=True)
     if options.only:
         print(table(log))
     else:
-        bench.write(name, log, table(log))
+        bench.write(NAME, log, table(log))
     wrong = [c for c in log["cells"] if not c["right"] and not c["needs"]]
     print(f"{len(wrong)} of {len(log['cells'])} are not right")
     wrong = [c for c in log["cached"] if c["kind"] not in (*GOOD, UNABLE)]

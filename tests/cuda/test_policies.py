@@ -153,7 +153,7 @@ def test_as_many_devices_are_asked_for(
 def test_the_driver_works_in_a_group_of_one(gpu: torch.device, tmp_path: Path) -> None:
     import torch.distributed as dist
 
-    store = dist.FileStore(str(tmp_path / "store"), 1)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     kind = "nccl" if gpu.type == "cuda" else "gloo"
     place = torch.device("cuda", 0) if gpu.type == "cuda" else None
     dist.init_process_group(kind, store=store, rank=0, world_size=1, device_id=place)

@@ -82,7 +82,7 @@ class Cached:
         numbers = rows["number"].tolist()
         # The harness looks at what becomes of the batch, so it is this one and not a copy.
         batch = Batch(self._source, numbers, [0] * len(numbers), first=self._steps == 0,
-                      example=example)  # fmt: skip
+                      device=next(self._model.parameters()).device, example=example)  # fmt: skip
         self._steps += 1
         shown = self._cache.arguments(batch)
         vars(self._model)["forward"] = self._gate

@@ -41,6 +41,7 @@ from frostline.frontier.feature_augment import FeatureAugment
 from frostline.frontier.finding import batch_size, close, rows_of
 from frostline.frontier.key import CacheKey, unknown
 from frostline.frontier.library import Library
+from frostline.frontier.moves import cast_of
 from frostline.frontier.parts import region_key
 from frostline.frontier.prefetch import Prefetcher, Read
 from frostline.frontier.region import Region, ReplayDiverged, Slot, difference, find_region
@@ -231,17 +232,10 @@ _MOVES = frozenset({Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tenso
 
 def _goal(func: Any, args: Any, kwargs: Any) -> torch.device | None:
     """Where an operation moves a tensor to; None if it does more than that."""
-    if func is Tensor.cpu:
-        return torch.device("cpu")
-    if func is Tensor.cuda:
-        return torch.device("cuda", torch.cuda.current_device())
-    if func is not Tensor.to:
+    if func in (Tensor.pin_memory, Tensor.contiguous):
         return args[0].place
-    places = [a for a in (*args[1:], kwargs.get("device")) if isinstance(a, (str, torch.device))]
-    others = [a for a in args[1:] if not isinstance(a, (str, torch.device, bool))]
-    if len(places) != 1 or others or kwargs.keys() - {"device", "non_blocking", "copy"}:
-        return None
-    return torch.device(places[0])
+    cast = cast_of(func, args, kwargs)
+    return cast.device if cast is not None and cast.dtype is None and cast.layout is None else None
 
 
 def padded(samples: int) -> int:
@@ -610,7 +604,7 @@ class FrontierCache:
                 shown = use.region.fill(real) if rounded else copies
                 output = use.region.run(real, shown, forward=forward)
         wrong = difference(full, output)
-        culprit = self._culprit(use, real, stored) if wrong or rounded else None
+        culprit = self._culprit(use, real, stored, batch.real_device) if wrong or rounded else None
         if wrong is None and culprit is not None:
             wrong = "stored values are off by more than rounding"
         if wrong is not None:
@@ -621,7 +615,9 @@ class FrontierCache:
                 fix="nothing to do: training goes on with the full forward pass",
             )
 
-    def _culprit(self, use: _Use, example: Example, values: Mapping[str, Tensor]) -> str | None:
+    def _culprit(
+        self, use: _Use, example: Example, values: Mapping[str, Tensor], device: torch.device
+    ) -> str | None:
         """Which stored value is wrong, in words; None if none is."""
         fresh = use.region.fill(example)
         for slot in use.columns:
@@ -632,7 +628,7 @@ class FrontierCache:
             if not (
                 _near(fresh[slot.name], have, _ROUNDING[self._encoding])
                 if rounded
-                else close(have, fresh[slot.name].cpu())
+                else close(have, fresh[slot.name].cpu(), device=device)
             ):
                 return f"the stored output of {slot.name!r} is not what it gives now"
         return None

@@ -8,7 +8,6 @@ to the model, gives real values to everybody else, and notices when a tensor was
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 from frostline.backends.torch.example import Example
 from frostline.frontier.cache import BLOCK, Batch, ShapesVary, moved
 from frostline.frontier.feed import Ticket
+from frostline.frontier.moves import Cast, cast_of
 from frostline.frontier.side import folded, is_plain, skeleton
 from frostline.frontier.standin import Node, StandIn, stand_in, version_of, with_values
 from frostline.frontier.structure import leaves_of, map_leaves
@@ -117,7 +117,7 @@ class Step:
 
     def operation(self, func: Any, args: Any, kwargs: Any, found: list[StandIn]) -> Any:
         """Moves and casts are kept in mind; all else takes real values."""
-        cast = _cast_of(func, args, kwargs) if len(found) == 1 and found[0] is args[0] else None
+        cast = cast_of(func, args, kwargs) if len(found) == 1 and found[0] is args[0] else None
         if cast is not None:
             return _casted(found[0], cast)
         self.looked = True
@@ -152,75 +152,20 @@ class Leaf(Node):
         self.casts = casts
 
 
-@dataclass(frozen=True, slots=True)
-class _Cast:
-    """A move to another device, dtype or layout; None: as it is."""
-
-    device: torch.device | None
-    dtype: torch.dtype | None
-    layout: torch.memory_format | None
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        kept: dict[str, Any] = {} if self.layout is None else {"memory_format": self.layout}
-        return tensor.to(device=self.device, dtype=self.dtype, **kept)
-
-
 #: What lets others write without a trace in the version counter.
 _HANDS_OUT_MEMORY = frozenset({
     Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage,
     Tensor.storage, vars(torch._C.TensorBase)["data"].__get__, Tensor.share_memory_,  # noqa: SLF001
 })  # fmt: skip
-_DTYPES = {
-    Tensor.float: torch.float32,
-    Tensor.double: torch.float64,
-    Tensor.half: torch.float16,
-    Tensor.bfloat16: torch.bfloat16,
-    Tensor.long: torch.int64,
-    Tensor.int: torch.int32,
-}
 
 
-def _cast_of(func: Any, args: Any, kwargs: Any) -> _Cast | None:
-    """What an operation does, if it is nothing but a move or a cast."""
-    if func in _DTYPES and len(args) == 1 and not kwargs:
-        return _Cast(None, _DTYPES[func], None)
-    if func is Tensor.cpu and len(args) == 1 and not kwargs:
-        return _Cast(torch.device("cpu"), None, None)
-    if func is Tensor.cuda and len(args) == 1 and not kwargs.keys() - {"non_blocking"}:
-        return _Cast(torch.device("cuda", torch.cuda.current_device()), None, None)
-    if func is not Tensor.to or kwargs.keys() - {
-        "device", "dtype", "non_blocking", "copy", "memory_format"
-    }:  # fmt: skip
-        return None
-    device, dtype = kwargs.get("device"), kwargs.get("dtype")
-    for arg in args[1:]:
-        if isinstance(arg, (str, torch.device, int)) and not isinstance(arg, bool):
-            device = arg
-        elif isinstance(arg, torch.dtype):
-            dtype = arg
-        elif not isinstance(arg, bool):
-            return None
-    return _Cast(_exact(device), dtype, kwargs.get("memory_format"))
-
-
-def _exact(device: Any) -> torch.device | None:
-    if device is None:
-        return None
-    if isinstance(device, int):
-        return torch.device("cuda", device)
-    named = torch.device(device)
-    if named.type == "cuda" and named.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return named
-
-
-def _casted(found: StandIn, cast: _Cast) -> StandIn:
+def _casted(found: StandIn, cast: Cast) -> StandIn:
     """The stand-in of a moved or cast tensor; the tensor itself where nothing changes."""
     node: Any = found.node
     same = cast.device in (None, found.device) and cast.dtype in (None, found.dtype)
     if same and cast.layout is None:
         return found
-    meta = _Cast(None, cast.dtype, cast.layout)(torch.empty_like(_meta(found), device="meta"))
+    meta = Cast(None, cast.dtype, cast.layout)(torch.empty_like(_meta(found), device="meta"))
     casts = node.casts
     if cast.dtype not in (None, found.dtype) or cast.layout is not None:
         casts = (*casts, (cast.dtype, cast.layout))
@@ -343,7 +288,7 @@ class Call:
             node: Any = leaf.node
             value = leaves[node.id]
             for dtype, layout in node.casts:
-                value = _Cast(None, dtype, layout)(value)
+                value = Cast(None, dtype, layout)(value)
             return value
 
         args, kwargs = map_leaves(self._template, fill, objects=True)

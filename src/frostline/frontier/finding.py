@@ -46,8 +46,13 @@ __all__ = [
 #: Largest difference between a sample's values in two batches, as a share of the largest value:
 #: what other company does to the rounding of matrix products, and some room.
 _TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+#: The same for float32 that is computed in fewer bits, by the names that torch gives them: the
+#: mantissas of TF32 and float16 have equal length.
+_REDUCED = {"tf32": _TOLERANCE[torch.float16], "bf16": _TOLERANCE[torch.bfloat16]}
 #: How much more may have come together where outputs of whole models are compared.
 LENIENCE = 30
+#: No difference above this share of the largest value is taken for rounding there.
+_MOST = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +270,43 @@ def _frozen_in(leaves: Iterable[Any]) -> Iterable[int]:
     return (x.node.id for x in leaves if type(x) is StandIn and not x.node.live)
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest relative difference that other company in a batch may make; 0 for whole numbers."""
-    return _TOLERANCE.get(dtype, 0.0 if not dtype.is_floating_point else 6e-2)
+def tolerance(dtype: torch.dtype, device: torch.device | None = None) -> float:
+    """Largest relative difference that other company in a batch may make; 0 for whole numbers.
+
+    A GPU picks its kernels by the sizes of a batch, and torch lets it compute convolutions of
+    float32 in TF32, of 10 bits, unless told not to. Autocast shortens what a float32 is made of.
+
+    Args:
+        dtype: of the value.
+        device: where it was computed; None: on the processor.
+
+    Example:
+        >>> tolerance(torch.float32), tolerance(torch.int64)
+        (3e-05, 0.0)
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     tolerance(torch.float32)
+        0.03
+    """
+    own = _TOLERANCE.get(dtype, 0.0 if not dtype.is_floating_point else 6e-2)
+    if not own or dtype == torch.float64:
+        return own
+    kind = "cpu" if device is None else device.type
+    coarse = [own]
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        coarse.append(_TOLERANCE.get(torch.get_autocast_dtype(kind), own))
+    if dtype == torch.float32:
+        coarse += [_REDUCED.get(name, own) for name in _float32_precisions(kind)]
+    return max(coarse)
+
+
+def _float32_precisions(kind: str) -> tuple[str, ...]:
+    """In what float32 is computed on a kind of device: "ieee", "tf32", "bf16" or "none"."""
+    found: Any = torch.backends
+    if kind == "cuda":
+        of = found.cuda.matmul, found.cudnn.conv, found.cudnn.rnn
+    else:
+        of = found.mkldnn.matmul, found.mkldnn.conv, found.mkldnn.rnn
+    return tuple(str(part.fp32_precision) for part in of)
 
 
 class _Unfit(Exception):
@@ -441,13 +480,28 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def close(one: Tensor, other: Tensor, *, lenience: float = 1.0) -> bool:
-    """Whether two computations of one value agree within `lenience` times `tolerance`."""
+def close(
+    one: Tensor,
+    other: Tensor,
+    *,
+    lenience: float = 1.0,
+    device: torch.device | None = None,
+) -> bool:
+    """Whether two computations of one value agree within `lenience` times `tolerance`.
+
+    Args:
+        one: the value.
+        other: the value, computed again.
+        lenience: at least 1; more never allows above a tenth of the largest value.
+        device: where they were computed, if they are elsewhere now.
+    """
     if one.shape != other.shape:
         return False
     if one.layout is not torch.strided:
         one, other = one.to_dense(), other.to_dense()
-    allowed = lenience * tolerance(one.dtype if not one.dtype.is_complex else torch.float32)
+    real = one.dtype if not one.dtype.is_complex else torch.float32
+    allowed = tolerance(real, one.device if device is None else device)
+    allowed = max(allowed, min(lenience * allowed, _MOST))
     if not allowed:
         return bool(torch.equal(one, other))
     a, b = (torch.nan_to_num(t.to(torch.complex128 if t.is_complex() else torch.float64))
