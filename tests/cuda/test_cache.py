@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from frontier.test_cache import freeze_first, tower
 from frontier.test_loader import (
     CLASSES,
     SAMPLES,
+    WIDTH,
     Counted,
     Many,
     Net,
@@ -401,6 +403,50 @@ def test_a_stored_epoch_needs_less_memory(
     cache.detach()
     assert cache.report.replayed == 4, cache.report.notes
     assert mine < plain / 4, (mine, plain)
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+class Heavy(nn.Module):
+    """A frozen part whose products keep a device busy long after they were queued."""
+
+    def __init__(self, rounds: int, wide: int) -> None:
+        super().__init__()
+        self.rounds = rounds
+        self.stem = nn.Linear(WIDTH, wide)
+        self.turn = nn.Linear(wide, wide, bias=False)
+        self.head = nn.Linear(wide, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        total = torch.zeros_like(x)
+        for i in range(self.rounds):
+            total = total + self.turn(x * (1 + i / self.rounds))
+        return self.head(total)
+
+
+def test_the_time_to_compute_is_that_of_the_device(library: Library, gpu: torch.device) -> None:
+    """Not that of queueing: where reading costs more than computing, a cache is given up."""
+    torch.manual_seed(0)
+    rounds, wide = (100, 16384) if gpu.type == "cuda" else (4, 1024)
+    model = Heavy(rounds, wide).to(gpu)
+    frostline.freeze(model, "stem | turn")
+    x = torch.randn(32, WIDTH, device=gpu)
+    took = []
+    with torch.no_grad():
+        for _ in range(4):
+            if gpu.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(x).cpu()
+            took.append(time.perf_counter() - start)
+    cache = cached(library, model=model)
+    loader = cache.loader(seeded_loader(Counted(96), shuffle=False, batch_size=32))
+    train(model, loader, lambda m, b: to_device(m, b, gpu), epochs=1)
+    cache.detach()
+    assert cache.report.filled_rows == 96, cache.report.notes
+    assert cache.report.compute_s > 3 * 0.7 * min(took)
 
 
 # -- compiled --------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ def assert_alike(one: Run, other: Run, *, rel: float = 5e-4) -> None:
 def test_the_same_run_with_and_without_the_cache(
     kind: str, policy: str, gpu: torch.device, tmp_path: Path, tiny_bert: Path
 ) -> None:
-    settings = {"policy": policy}
+    # Adaptive optimizers blow up the rounding of gradients that are 0 (of biases before a norm).
+    settings: dict[str, Any] = {"policy": policy, "optimizer": "sgd"}
     if kind == "texts":
         settings |= text_settings(tiny_bert, tmp_path / "data")
     plain = fit(tmp_path / "plain", gpu, cache="off", **settings)
@@ -109,9 +110,9 @@ def test_the_peak_is_that_of_the_device(cuda: torch.device, tmp_path: Path) -> N
     run = fit(tmp_path / "run", cuda, cache="off")
     peak = run.summary["peak_memory_bytes"]
     assert 0 < peak <= torch.cuda.max_memory_allocated(cuda)
-    # A process with torch in it has hundreds of MiB resident; this network needs a few.
-    assert peak < 128 << 20
-    held = torch.empty(256 << 20, dtype=torch.uint8, device=cuda)
+    # A process with CUDA in it has more resident; this network needs a few, cuBLAS some more.
+    assert peak < 512 << 20
+    held = torch.empty(1 << 30, dtype=torch.uint8, device=cuda)
     larger = fit(tmp_path / "larger", cuda, cache="off")
     assert larger.summary["peak_memory_bytes"] >= held.nbytes
 

@@ -1040,9 +1040,9 @@ class FrontierCache:
         loading = time.perf_counter()
         for some in _heaps(use.source.blocks(firsts, view)):
             examples = [moved(e, batch.real_device) for _, e in some]
-            start = time.perf_counter()
+            start = _settled_time(batch.real_device)
             filled = use.region.fill_many(examples)
-            end = time.perf_counter()
+            end = _settled_time(batch.real_device)
             samples = sum(batch_size(e) for e in examples)
             use.balance.add_computed(samples, end - (loading if use.source.fixed else start))
             self.report.compute_s += end - start
@@ -1167,6 +1167,13 @@ def _batch_of(args: Any, kwargs: Any) -> tuple[Batch | None, bool]:
 
 def _real(leaf: Any) -> Any:
     return leaf.node.real() if type(leaf) is StandIn else leaf
+
+
+def _settled_time(device: torch.device) -> float:
+    """Seconds on the clock once all is done that was queued on the device: it works behind us."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _near(fresh: Tensor, have: Tensor, share: float) -> bool:
