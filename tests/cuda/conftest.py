@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from frostline.frontier.library import Library
 
 # cuBLAS reads it when its first handle is made; child processes inherit it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -50,3 +53,9 @@ def deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(mode=before)
         torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    """An empty folder of stores."""
+    return Library(tmp_path / "stores")

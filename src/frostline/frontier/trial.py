@@ -210,7 +210,7 @@ class Rehearsal:
 
     def _wait(self) -> None:
         if self.memory.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.memory.device)
 
 
 @dataclass(slots=True)

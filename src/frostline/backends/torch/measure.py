@@ -129,13 +129,18 @@ class _HostClock:
 
 
 class _CudaClock:
-    """Events in the stream: no waiting between operations, so they overlap as in training."""
+    """Events in the stream: no waiting between operations, so they overlap as in training.
 
-    # Not run on such a device so far; the test that needs one is skipped elsewhere.
+    Args:
+        device: whose stream; it need not be the current one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
@@ -144,10 +149,10 @@ class _CudaClock:
 
 
 def _clock_of(model: nn.Module) -> _Clock:
-    kind = next(model.parameters()).device.type
-    if kind == "cuda":
-        return _CudaClock()
-    return _HostClock(torch.mps.synchronize) if kind == "mps" else _HostClock()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return _CudaClock(device)
+    return _HostClock(torch.mps.synchronize) if device.type == "mps" else _HostClock()
 
 
 class _Timeline:
