@@ -311,6 +311,11 @@ def doubled(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return nn.functional.cross_entropy(model(x * 2), y), y
 
 
+def by_name_alone(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    return nn.functional.cross_entropy(model(torch.relu(input=x)), y), y
+
+
 def doubled_in_place(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     x, y = batch
     x.mul_(2)
@@ -373,7 +378,7 @@ def twice_with_a_change_between(model: nn.Module, batch: Any) -> tuple[Tensor, T
     return first + nn.functional.cross_entropy(model(x), y), y
 
 
-CHANGES = [doubled, doubled_in_place, written_through_a_view, written_through_data,
+CHANGES = [doubled, by_name_alone, doubled_in_place, written_through_a_view, written_through_data,
            written_through_a_view_of_a_cast, cast_and_written,
            written_through_numpy, mixed_up, with_input_gradient]  # fmt: skip
 

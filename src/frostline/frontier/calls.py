@@ -117,7 +117,8 @@ class Step:
 
     def operation(self, func: Any, args: Any, kwargs: Any, found: list[StandIn]) -> Any:
         """Moves and casts are kept in mind; all else takes real values."""
-        cast = cast_of(func, args, kwargs) if len(found) == 1 and found[0] is args[0] else None
+        alone = bool(args) and len(found) == 1 and found[0] is args[0]
+        cast = cast_of(func, args, kwargs) if alone else None
         if cast is not None:
             return _casted(found[0], cast)
         self.looked = True
