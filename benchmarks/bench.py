@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.optimizer import parameter_groups
+from frostline.frontier.cache import moved
 from frostline.groups import LayerGroups
 
 BATCH = 16
@@ -42,12 +43,10 @@ class Case:
 
     def on(self, device: str) -> Case:
         """The same on a device."""
-        args = tuple(t.to(device) for t in self.example.args)
-        kwargs = {name: t.to(device) for name, t in self.example.kwargs.items()}
         return dataclasses.replace(
             self,
             model=self.model.to(device),
-            example=Example(args, kwargs),
+            example=moved(self.example, torch.device(device)),
             targets=self.targets.to(device),
         )
 
@@ -174,9 +173,14 @@ def titled(name: str, device: str) -> str:
     return name if device == "cpu" else f"{name}_{device}"
 
 
+def device_of(machine: Mapping[str, Any]) -> str:
+    """The device that figures are of, by what the log says of the machine."""
+    return "cuda" if "gpu" in machine else "cpu"
+
+
 def made_by(name: str, machine: Mapping[str, Any]) -> str:
     """The words on where a table comes from."""
-    device = "cuda" if "gpu" in machine else "cpu"
+    device = device_of(machine)
     option = "" if device == "cpu" else f" --device {device}"
     return f"Made by `python benchmarks/{name}.py{option}` from `{titled(name, device)}.json`."
 
@@ -221,7 +225,7 @@ def machine(chosen: argparse.Namespace) -> dict[str, Any]:
 def describe(log: dict[str, Any]) -> str:
     """The line under a table."""
     m = log["machine"]
-    batch = batch_of("cuda" if "gpu" in m else "cpu")
+    batch = batch_of(device_of(m))
     return f"{where(m)}, load when started {m['load_1min']}, batch {batch}, AdamW, {precision(m)}."
 
 
@@ -246,7 +250,7 @@ def read(name: str, device: str) -> dict[str, Any]:
 
 def write(name: str, log: dict[str, Any], table: str) -> None:
     """Write the log and the table made from it, side by side."""
-    name = titled(name, "cuda" if "gpu" in log["machine"] else "cpu")
+    name = titled(name, device_of(log["machine"]))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(log, indent=1) + "\n")
     (RESULTS / f"{name}.md").write_text(table)

@@ -34,9 +34,11 @@ from bench import (
     RESULTS,
     add_device,
     check_device,
+    device_of,
     machine,
     made_by,
     precision,
+    read,
     seconds,
     titled,
     where,
@@ -495,8 +497,7 @@ def log_file(device: str) -> Path:
 
 def save(log: Mapping[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    device = "cuda" if "gpu" in log["machine"] else "cpu"
-    log_file(device).write_text(json.dumps(log, indent=1) + "\n")
+    log_file(device_of(log["machine"])).write_text(json.dumps(log, indent=1) + "\n")
 
 
 # -- the table ---------------------------------------------------------------------------------
@@ -656,7 +657,7 @@ def main() -> None:
         found = measure(name, depth) if name in CASES else measure_epochs(name, depth, chosen)
         print(json.dumps(found))
         return
-    log = json.loads(log_file(chosen.device).read_text()) if chosen.report else fill_log(chosen)
+    log = read("foretell", chosen.device) if chosen.report else fill_log(chosen)
     text = table(log)
     log_file(chosen.device).with_suffix(".md").write_text(text)
     print(text)

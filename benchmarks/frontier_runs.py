@@ -32,7 +32,6 @@ from frontier_models import SHARED, convert_lite0, minilm_path
 from frontier_sound import SoundRun
 
 import frostline
-from frostline.backends.torch.example import Example
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.measure import measure_costs
 from frostline.cost import predicted_step_s
@@ -338,7 +337,7 @@ def measured_costs(job: Job) -> tuple[Costs, int, int]:
     given = {"model": job.model, "data": str(job.data), **_settings(job)}
     task = load_task(load_config(None, given))
     task.model.to(job.device)
-    example = _on(job.device, task.example(job.batch))
+    example = moved(task.example(job.batch), torch.device(job.device))
     groups = layer_groups(task.model, example, head=task.head)
     groups = measure_costs(task.model, groups, example, repeats=5)
     plan = FreezePlan.freezing(groups, job.frozen)
@@ -347,10 +346,6 @@ def measured_costs(job: Job) -> tuple[Costs, int, int]:
     load = seconds(lambda: batch.extend(task.train[i, None] for i in picked)) / len(picked)
     load /= max(1, job.settings.get("workers", 0))  # side by side, at best
     return _costs(groups, plan, job.batch, load), len(task.train), len(task.val)
-
-
-def _on(device: str, example: Example) -> Example:
-    return moved(example, torch.device(device))
 
 
 def _costs(groups: LayerGroups, plan: FreezePlan, batch: int, load: float) -> Costs:

@@ -39,7 +39,6 @@ from frontier.zoo import CASES
 from frontier.zoo_cache import compare_cached
 
 NAME = "zoo"
-MADE = "Made by `python benchmarks/zoo.py` from `zoo.json`."
 HOSTILE = (
     "Each breaks something a cache takes for granted; a refusal is a right answer. *for "
     "verification*: what training code changed between two steps, which a bare region cannot see "
@@ -161,7 +160,8 @@ def verdict(cell: dict[str, Any]) -> str:
 
 
 def parts(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Friendly cells, hostile ones, and those that training code changes."""
+    """Friendly cells, hostile ones, and those that training code changes, where they train."""
+    cells = [c for c in cells if c["kind"] != UNABLE]
     return {
         "as people write them": [c for c in cells if not c["hostile"]],
         "hostile": [c for c in cells if c["hostile"] and not c["needs"]],
@@ -171,7 +171,6 @@ def parts(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def summary(cells: list[dict[str, Any]]) -> list[str]:
     """Counts of friendly and of hostile cells."""
-    cells = [c for c in cells if c["kind"] != UNABLE]
     lines = ["| models | architectures | ways to freeze | " + " | ".join(WORDS) + " |",
              "|---" * (3 + len(WORDS)) + "|"]  # fmt: skip
     for name, rows in parts(cells).items():
@@ -187,7 +186,6 @@ def through_cache(cells: list[dict[str, Any]]) -> list[str]:
     kinds = ("equal", "close", "DIFFERENT", "crashed")
     lines = ["| models | ways to freeze | " + " | ".join(WORDS[k] for k in kinds)
              + " | steps without the frozen part |", "|---" * (len(kinds) + 3) + "|"]  # fmt: skip
-    cells = [c for c in cells if c["kind"] != UNABLE]
     for name, rows in parts(cells).items():
         counts = Counter(c["kind"] for c in rows)
         steps, replayed = (sum(c[key] for c in rows) for key in ("steps", "replayed"))
@@ -245,7 +243,9 @@ def table(log: dict[str, Any]) -> str:
     )
     friendly = [c for c in cells if not c["hostile"]]
     unable = [c for c in cells if c["kind"] == UNABLE]
-    where = f"{m['gpu']}, deterministic kernels, no TF32; " if "gpu" in m else ""
+    machine = f"torch {m['torch']}, {m['threads']} thread(s), {m['processor']}."
+    if "gpu" in m:
+        machine = f"{m['gpu']}, deterministic kernels, no TF32; {machine}"
     if unable:
         about += (
             f" {len(unable)} of {len(cells)} ways (-) are left out: there the model itself does "
@@ -279,7 +279,7 @@ def table(log: dict[str, Any]) -> str:
             "",
             *reasons(cells),
             "",
-            f"{where}torch {m['torch']}, {m['threads']} thread(s), {m['processor']}. {MADE}",
+            f"{machine} {bench.made_by(NAME, m)}",
             "",
         ]
     )
@@ -291,15 +291,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="no runs: the table from the log")
     parser.add_argument("--cache", action="store_true", help="only the runs with the cache")
-    parser.add_argument("--device", default="cpu", help="such as 'cuda'")
+    bench.add_device(parser)
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     options = parser.parse_args()
-    path = bench.RESULTS / f"{bench.titled(NAME, options.device)}.json"
-    log: dict[str, Any] = json.loads(path.read_text()) if options.report or options.cache else {}
+    log = bench.read(NAME, options.device) if options.report or options.cache else {}
     if options.report:
         bench.write(NAME, log, table(log))
         return
     options.clock = "wall"
+    bench.check_device(options)
     torch.set_num_threads(options.threads)
     if not options.cache:
         log = {
@@ -309,6 +309,7 @@ def main() -> None:
             "cells": gather(options, cached=False),
         }
         if not options.only:  # the second half is as long
+            path = bench.RESULTS / f"{bench.titled(NAME, options.device)}.json"
             path.write_text(json.dumps(log, indent=1) + "\n")
     log["cached"] = gather(options, cached=True)
     if options.only:

@@ -10,9 +10,11 @@ import torch
 
 
 def generator_states() -> tuple[Any, ...]:
-    """What Python, NumPy and torch would draw next."""
+    """What Python, NumPy and torch would draw next, torch also on every GPU that is in use."""
     numbers = np.random.get_state()  # noqa: NPY002  the global generator is the point
-    return random.getstate(), str(numbers), numbers[1].tobytes(), torch.get_rng_state().tolist()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+    streams = [state.tolist() for state in (torch.get_rng_state(), *devices)]
+    return random.getstate(), str(numbers), numbers[1].tobytes(), streams
 
 
 def shake_generators(seed: int) -> None:

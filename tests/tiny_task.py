@@ -5,12 +5,25 @@ Batch normalisation, dropout and random augmentation: whatever resume forgets sh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 CLASSES = ("dark", "light", "red")
 SIDE = 8
+#: A short run of these, as `frostline.fit` and a file of settings take it.
+RUN: dict[str, Any] = {
+    "model": "tiny_task:tiny_model",
+    "data": "tiny_task:tiny_data",
+    "policy": "linear-probe",
+    "epochs": 3,
+    "batch_size": 16,
+    "lr": 0.01,
+    "patience": None,
+    "threads": 1,
+}
 
 
 def preprocess(picture: Image.Image) -> Tensor:

@@ -41,7 +41,7 @@ def cuda(gpu: torch.device) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
-    """Deterministic algorithms, full float32, and the random streams as they were."""
+    """Deterministic algorithms, and the random streams as they were."""
     devices = list(range(torch.cuda.device_count())) if not ON_CPU else []
     before = torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,20 @@ from frontier.test_loader import (
     Step,
     Trace,
     as_dict,
+    assert_same,
+    both,
     cached,
     nested,
     net,
     seeded_loader,
     train,
 )
+from frostline.backends.torch.example import Example
 from frostline.frontier.cache import FrontierCache
+from frostline.frontier.finding import close, tolerance
 from frostline.frontier.library import Library
 from frostline.frontier.parts import compute_parts
+from frostline.frontier.region import find_region
 
 
 @pytest.fixture(autouse=True)
@@ -80,80 +86,92 @@ def by_key(model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, 
     return nn.functional.cross_entropy(scores, moved["y"]), moved["y"]
 
 
+def by_cuda_number(model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    return entropy(model, x.cuda(0, non_blocking=True), y.cuda(0))
+
+
+def contiguous(model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    return entropy(model, x.contiguous().to(device), y.to(str(device), non_blocking=True))
+
+
+def pinned(model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    x, y = (t.pin_memory().to(device, non_blocking=True) for t in batch)
+    return entropy(model, x, y)
+
+
+class There(Counted):
+    """Samples that lie on the device already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.x, self.y = self.x.to(device), self.y.to(device)
+
+
+def as_it_is(model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    return entropy(model, *batch)
+
+
 WAYS: dict[str, tuple[Callable[[], Any], Any]] = {
     "to": (Counted, to_device),
     "to by name": (Counted, to_device_named),
     "nested": (lambda: Many(nested), inside),
     "dict": (lambda: Many(as_dict), by_key),
     "cuda": (Counted, by_cuda),
+    "cuda by number": (Counted, by_cuda_number),
     "to a number": (Counted, by_number),
+    "contiguous": (Counted, contiguous),
+    "pinned": (Counted, pinned),
+    "on the device already": (There, as_it_is),
 }
+ONLY_CUDA = {"cuda", "cuda by number", "to a number", "pinned"}
 
 
-def assert_alike(mine: Trace, plain: Trace) -> None:
-    """Labels and random streams equal; values up to what rounding becomes in 15 to 20 updates."""
-    assert len(mine.losses) == len(plain.losses)
-    for one, other in zip(mine.labels, plain.labels, strict=True):
-        assert torch.equal(one, other)
-    near = {"rtol": 1e-4, "atol": 2e-5}
-    for one, other in zip(
-        (*mine.losses, *mine.gradients), (*plain.losses, *plain.gradients), strict=True
-    ):
-        torch.testing.assert_close(one, other, **near)
-    for name, other in plain.state.items():
-        torch.testing.assert_close(mine.state[name], other, **near)
-    assert str(mine.random) == str(plain.random)
-
-
-def trained(make: Callable[[], nn.Module], wrap: Any, step: Step, device: torch.device) -> Trace:
-    model = make().to(device)
-    trace = train(model, wrap(model), step)
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return trace._replace(random=(trace.random, on_device))
-
-
-def both(
+def alike(
     library: Library,
-    data: Callable[[], Any],
-    step: Any,
-    device: torch.device,
-    make: Callable[[], nn.Module] = net,
+    make: Callable[[], nn.Module],
+    step: Step,
+    near: float,
+    data: Callable[[], Any] = Counted,
     **options: Any,
-) -> FrontierCache:
-    """Train twice on the device, without and with the cache, and compare."""
-    caches = []
-
-    def cached_loader(model: nn.Module) -> Any:
-        caches.append(cached(library, model=model))
-        return caches[0].loader(seeded_loader(data(), **options))
-
-    def there(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        return step(model, batch, device)
-
-    plain = trained(make, lambda _: seeded_loader(data(), **options), there, device)
-    assert_alike(trained(make, cached_loader, there, device), plain)
-    caches[0].detach()
-    return caches[0]
+) -> None:
+    """Train without and with the cache, and compare losses where rounding is coarse."""
+    plain = train(make(), seeded_loader(data()), step)
+    model = make()
+    cache = cached(library, model=model, **options)
+    mine = train(model, cache.loader(seeded_loader(data())), step)
+    cache.detach()
+    assert cache.report.replayed == 15, cache.report.notes
+    for one, other in zip(mine.losses, plain.losses, strict=True):
+        torch.testing.assert_close(one, other, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("how", WAYS)
 def test_cached_training_equals_plain_training(
     how: str, library: Library, gpu: torch.device, request: pytest.FixtureRequest
 ) -> None:
-    if how in ("cuda", "to a number"):
+    if how in ONLY_CUDA:
         request.getfixturevalue("cuda")
     data, step = WAYS[how]
-    cache = both(library, data, step, gpu)
+    cache = both(library, data, partial(step, device=gpu), make=lambda: net().to(gpu))
     assert cache.report.replayed == cache.report.batches == 15, cache.report.notes
     assert cache.report.filled_rows == SAMPLES
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("pin", [False, True], ids=["pageable", "pinned"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pinned_batches_of_worker_processes(
-    workers: int, library: Library, cuda: torch.device
+def test_batches_of_worker_processes(
+    workers: int, pin: bool, library: Library, gpu: torch.device, request: pytest.FixtureRequest
 ) -> None:
-    cache = both(library, Counted, to_device, cuda, pin_memory=True, num_workers=workers)
+    if pin:
+        request.getfixturevalue("cuda")
+    cache = both(
+        library, Counted, partial(to_device, device=gpu), make=lambda: net().to(gpu),
+        pin_memory=pin, num_workers=workers,
+    )  # fmt: skip
     assert cache.report.replayed == 15, cache.report.notes
 
 
@@ -167,31 +185,23 @@ def test_a_type_changed_with_the_move(
         assert x.device.type == gpu.type
         return nn.functional.cross_entropy(model(x).float(), y), y
 
-    plain = train(net().to(gpu, dtype), seeded_loader(Counted()), step)
-    model = net().to(gpu, dtype)
-    cache = cached(library, model=model)
-    mine = train(model, cache.loader(seeded_loader(Counted())), step)
-    cache.detach()
-    assert cache.report.replayed == 15, cache.report.notes
-    tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-6}[dtype]
-    for one, other in zip(mine.losses, plain.losses, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    near = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-6}[dtype]
+    alike(library, lambda: net().to(gpu, dtype), step, near)
 
 
-def test_under_autocast(library: Library, gpu: torch.device) -> None:
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast(
+    kind: torch.dtype, library: Library, gpu: torch.device, request: pytest.FixtureRequest
+) -> None:
+    if kind == torch.float16:
+        request.getfixturevalue("cuda")
+
     def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         x, y = batch[0].to(gpu), batch[1].to(gpu)
-        with torch.autocast(gpu.type, torch.bfloat16):
+        with torch.autocast(gpu.type, kind):
             return nn.functional.cross_entropy(model(x), y), y
 
-    plain = train(net().to(gpu), seeded_loader(Counted()), step)
-    model = net().to(gpu)
-    cache = cached(library, model=model)
-    mine = train(model, cache.loader(seeded_loader(Counted())), step)
-    cache.detach()
-    assert cache.report.replayed == 15, cache.report.notes
-    for one, other in zip(mine.losses, plain.losses, strict=True):
-        torch.testing.assert_close(one, other, rtol=5e-2, atol=5e-2)
+    alike(library, lambda: net().to(gpu), step, 2e-2)
 
 
 class Pictures(nn.Module):
@@ -226,39 +236,21 @@ def test_convolutions_in_full_precision(
     library: Library, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    cache = both(library, picture_data, to_device, gpu, pictures_net)
+    step = partial(to_device, device=gpu)
+    cache = both(library, picture_data, step, make=lambda: pictures_net().to(gpu))
     assert cache.report.replayed == 15, cache.report.notes
 
 
 def test_convolutions_as_torch_has_them(library: Library, gpu: torch.device) -> None:
     """On CUDA with TF32, torch's default: products of ten bits, rounded by the batch around."""
-
-    def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        return to_device(model, batch, gpu)
-
-    plain = train(pictures_net().to(gpu), seeded_loader(picture_data()), step)
-    model = pictures_net().to(gpu)
-    cache = cached(library, model=model)
-    mine = train(model, cache.loader(seeded_loader(picture_data())), step)
-    cache.detach()
-    assert cache.report.replayed == 15, cache.report.notes
-    for one, other in zip(mine.losses, plain.losses, strict=True):
-        torch.testing.assert_close(one, other, rtol=5e-3, atol=5e-3)
+    step = partial(to_device, device=gpu)
+    alike(library, lambda: pictures_net().to(gpu), step, 5e-3, picture_data)
 
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "float16", "int8"])
 def test_rounded_stores(encoding: str, library: Library, gpu: torch.device) -> None:
-    def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        return to_device(model, batch, gpu)
-
-    plain = train(net().to(gpu), seeded_loader(Counted()), step)
-    model = net().to(gpu)
-    cache = cached(library, model=model, encoding=encoding)
-    mine = train(model, cache.loader(seeded_loader(Counted())), step)
-    cache.detach()
-    assert cache.report.replayed == 15, cache.report.notes
-    for one, other in zip(mine.losses, plain.losses, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+    step = partial(to_device, device=gpu)
+    alike(library, lambda: net().to(gpu), step, 0.05, encoding=encoding)
 
 
 def test_finding_and_filling_leave_the_random_streams_alone(
@@ -320,10 +312,60 @@ def test_freezing_more_is_filled_from_the_shallower_store(
     plain = trace(lambda _: seeded_loader(Counted()))
     mine = trace(wrap)
     caches[0].detach()
-    assert_alike(mine, plain)
+    assert_same(mine, plain)
     assert caches[0].report.replayed == 20, caches[0].report.notes
     assert caches[0].report.filled_rows == 2 * SAMPLES
     assert data.read < 3 * SAMPLES  # the deeper store needs no inputs
+
+
+# -- TF32 ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tf32(cuda: torch.device):
+    """Matrix products and convolutions in TF32, as torch does convolutions by default."""
+    backends: Any = torch.backends
+    parts = backends.cuda.matmul, backends.cudnn.conv
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "tf32"
+    yield cuda
+    for part, was in zip(parts, before, strict=True):
+        part.fp32_precision = was
+
+
+def test_tf32_is_no_reason_to_refuse(tf32: torch.device) -> None:
+    """Values of a sample differ by batch size in the fourth digit, and are stored all the same."""
+    assert tolerance(torch.float32, tf32) > 1e-3
+    torch.manual_seed(0)
+    width = 64
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(3 if i == 0 else width, width, 3, padding=1), nn.ReLU())
+          for i in range(6)),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5),
+    ).to(tf32)  # fmt: skip
+    for p in model[:-1].parameters():
+        p.requires_grad_(requires_grad=False)
+    pictures = torch.randn(64, 3, 56, 56, device=tf32)
+    region = find_region(model, Example((pictures[:16],)))
+    assert not region.empty
+    rows = region.fill(Example((pictures,)))
+    with torch.no_grad():
+        replayed = region.run(Example((pictures,)), rows)
+        assert close(model(pictures), replayed)
+
+
+def test_batch_statistics_are_told_from_the_rounding_of_tf32(tf32: torch.device) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 5),
+    ).to(tf32)  # fmt: skip
+    for p in model[:2].parameters():
+        p.requires_grad_(requires_grad=False)
+    model.train()  # the norm's statistics are of the batch
+    region = find_region(model, Example((torch.randn(8, 3, 24, 24, device=tf32),)))
+    assert not any("1" in str(name).split(".") for name in region.skipped)
 
 
 # -- stores belong to a device ---------------------------------------------------------------------

@@ -29,16 +29,11 @@ def network(device: torch.device) -> tuple[nn.Module, LayerGroups, Example]:
     return model, layer_groups(model, example), example
 
 
-def streams(device: torch.device) -> Any:
-    on_device = torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None
-    return generator_states(), on_device
-
-
 def test_measured_costs_are_sane_and_leave_no_trace(gpu: torch.device) -> None:
     model, groups, example = network(gpu)
-    before = model_bits(model), streams(gpu)
+    before = model_bits(model), generator_states()
     measured = measure_costs(model, groups, example, repeats=2)
-    assert (model_bits(model), streams(gpu)) == before
+    assert (model_bits(model), generator_states()) == before
     for group in measured:
         cost = group.cost
         assert cost is not None
@@ -90,9 +85,9 @@ def test_foretold_steps_are_sane_and_leave_no_trace(gpu: torch.device) -> None:
     model, groups, example = network(gpu)
     for _ in range(2):  # from here on the libraries of the device have their work space
         torch.autograd.grad(model(*example.args).sum(), list(model.parameters()))
-    before = model_bits(model), streams(gpu)
+    before = model_bits(model), generator_states()
     costs = foretell_steps(model, groups, example, times=1)
-    assert (model_bits(model), streams(gpu)) == before
+    assert (model_bits(model), generator_states()) == before
     assert len(costs.depths) == len(groups)
     for depth in costs.depths:
         assert 0 < depth.step_s < 10
@@ -113,8 +108,8 @@ def test_inspect_with_data(gpu: torch.device) -> None:
         "batch_size": 16, "threads": 1, "augment": "none",
     }  # fmt: skip
     config = load_config(None, settings)
-    before = streams(gpu)
+    before = generator_states()
     forecast = foretell_task(config)
-    assert streams(gpu) == before
+    assert generator_states() == before
     assert forecast.groups.measured
     assert all(0 < d.step_s < 60 for d in forecast.steps.depths)

@@ -17,19 +17,9 @@ from frostline.tasks.config import load_config
 from frostline.tasks.run import Run
 from run_bits import run_bits
 from tasks.conftest import tiny_bert, tokenizer, write_table
+from tiny_task import RUN
 
 __all__ = ["tiny_bert", "tokenizer"]
-
-IMAGE: dict[str, Any] = {
-    "model": "tiny_task:tiny_model",
-    "data": "tiny_task:tiny_data",
-    "policy": "linear-probe",
-    "epochs": 3,
-    "batch_size": 16,
-    "lr": 0.01,
-    "patience": None,
-    "threads": 1,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +36,7 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit(output: Path, device: torch.device, **settings: Any) -> Run:
-    return frostline.fit(**IMAGE | {"device": str(device), "output": output} | settings)
+    return frostline.fit(**RUN | {"device": str(device), "output": output} | settings)
 
 
 def text_settings(bert: Path, folder: Path) -> dict[str, Any]:
@@ -62,10 +52,11 @@ def text_settings(bert: Path, folder: Path) -> dict[str, Any]:
 def assert_alike(one: Run, other: Run, *, rel: float = 5e-4) -> None:
     """Losses equal but for rounding, and so are the weights."""
     assert one.summary["steps"] == other.summary["steps"]
-    for key in ("train_loss", "val_loss"):
-        losses = [[float(m[key]) for m in run.metrics] for run in (one, other)]
-        assert losses[0] == pytest.approx(losses[1], rel=rel), key
-    assert one.summary["test_loss"] == pytest.approx(other.summary["test_loss"], rel=rel)
+    for key in ("train_loss", "val_loss", "val_accuracy"):
+        values = [[float(m[key]) for m in run.metrics] for run in (one, other)]
+        assert values[0] == pytest.approx(values[1], rel=rel), key
+    for key in ("test_loss", "test_accuracy"):
+        assert one.summary[key] == pytest.approx(other.summary[key], rel=rel), key
     mine, theirs = (frostline.load(run).model.state_dict() for run in (one, other))
     for name, tensor in theirs.items():
         torch.testing.assert_close(mine[name], tensor, rtol=10 * rel, atol=10 * rel)

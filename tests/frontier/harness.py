@@ -32,7 +32,7 @@ from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.modes import OWN_ATTRIBUTES
 from frostline.backends.torch.random_state import read_random_state
 from frostline.errors import FrontierError
-from frostline.frontier.structure import map_leaves
+from frostline.frontier.cache import moved
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 
@@ -211,18 +211,9 @@ def _doubled(make: Callable[[], Made]) -> Callable[[], Made]:
 def placed(case: Case, device: str) -> Case:
     """The same case on another device: the model and its data are made on the CPU and moved."""
 
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
     def made() -> Made:
         model, make_batch = case.make()
-
-        def make_there(n: int, seed: int) -> Example:
-            batch = make_batch(n, seed)
-            moved = map_leaves((batch.args, dict(batch.kwargs)), move, objects=True)
-            return Example(*moved)
-
-        return model.to(device), make_there
+        return model.to(device), lambda n, seed: moved(make_batch(n, seed), torch.device(device))
 
     return case if device == "cpu" else replace(case, make=made)
 
@@ -285,9 +276,7 @@ def fill_silent(model: nn.Module) -> None:
     with torch.no_grad():
         for p in model.parameters():
             if p.numel() and float(p.abs().max()) < SMALL:
-                p.copy_(
-                    torch.randn(p.shape, generator=g) * 0.2
-                )  # made on the CPU, so equal everywhere
+                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
 
 
 def loss_of(output: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.frontier import cache
-from frostline.frontier.arrays import sent
+from frostline.frontier.arrays import sent, wait_for
 
 CUDA = torch.device("cuda", 0)
 
@@ -64,8 +64,8 @@ def test_what_cannot_be_pinned_is_moved_as_ever(calls: list[Any], kind: str) -> 
 
 def test_the_clock_of_filling_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    cache._wait_for(torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    wait_for(torch.device("cpu"))
     assert waited == []
-    cache._wait_for(CUDA)
+    wait_for(CUDA)
     assert waited == [CUDA]

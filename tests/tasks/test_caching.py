@@ -29,19 +29,9 @@ from frostline.tasks.run import Run
 from frostline.tasks.task import Task, load_task
 from run_bits import run_bits
 from tasks.conftest import write_table
+from tiny_task import RUN
 
-IMAGE: dict[str, Any] = {
-    "model": "tiny_task:tiny_model",
-    "data": "tiny_task:tiny_data",
-    "policy": "linear-probe",
-    "epochs": 4,
-    "batch_size": 16,
-    "lr": 0.01,
-    "patience": None,
-    "threads": 1,
-    "device": "cpu",
-    "cache": "on",
-}
+IMAGE: dict[str, Any] = RUN | {"epochs": 4, "device": "cpu", "cache": "on"}
 TRAIN, VAL = 49, 12
 
 

@@ -21,18 +21,9 @@ from frostline.tasks.data import Data, nested_order, read_data
 from frostline.tasks.prepare import _data_facts
 from frostline.tasks.run import Run
 from frostline.tasks.task import load_task
+from tiny_task import RUN
 
-TINY: dict[str, Any] = {
-    "model": "tiny_task:tiny_model",
-    "data": "tiny_task:tiny_data",
-    "policy": "linear-probe",
-    "epochs": 3,
-    "batch_size": 16,
-    "lr": 0.01,
-    "patience": None,
-    "threads": 1,
-    "device": "cpu",
-}
+TINY: dict[str, Any] = RUN | {"device": "cpu"}
 
 
 @pytest.fixture(autouse=True)

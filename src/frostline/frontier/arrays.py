@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["sent", "to_numpy", "to_torch"]
+__all__ = ["sent", "to_numpy", "to_torch", "wait_for"]
 
 
 def to_numpy(value: Tensor) -> NDArray[Any]:
@@ -59,3 +59,9 @@ def sent(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) 
     if device.type != "cuda" or value.device.type != "cpu" or not plain:
         return value.to(device, dtype)
     return value.pin_memory().to(device, dtype, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a device has done what it was given: before, a clock tells nothing of its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

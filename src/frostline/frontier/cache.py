@@ -34,7 +34,7 @@ from frostline.backends.torch.example import Example
 from frostline.backends.torch.random_state import mix
 from frostline.backends.torch.tracing import COMPILED_CALL, is_compiled
 from frostline.errors import FrontierError, StorageError
-from frostline.frontier.arrays import sent, to_numpy, to_torch
+from frostline.frontier.arrays import sent, to_numpy, to_torch, wait_for
 from frostline.frontier.balance import Balance
 from frostline.frontier.encodings import Encoding
 from frostline.frontier.feature_augment import FeatureAugment
@@ -604,7 +604,7 @@ class FrontierCache:
                 shown = use.region.fill(real) if rounded else copies
                 output = use.region.run(real, shown, forward=forward)
         wrong = difference(full, output)
-        culprit = self._culprit(use, real, stored, batch.real_device) if wrong or rounded else None
+        culprit = self._culprit(use, real, stored) if wrong or rounded else None
         if wrong is None and culprit is not None:
             wrong = "stored values are off by more than rounding"
         if wrong is not None:
@@ -615,9 +615,7 @@ class FrontierCache:
                 fix="nothing to do: training goes on with the full forward pass",
             )
 
-    def _culprit(
-        self, use: _Use, example: Example, values: Mapping[str, Tensor], device: torch.device
-    ) -> str | None:
+    def _culprit(self, use: _Use, example: Example, values: Mapping[str, Tensor]) -> str | None:
         """Which stored value is wrong, in words; None if none is."""
         fresh = use.region.fill(example)
         for slot in use.columns:
@@ -628,7 +626,7 @@ class FrontierCache:
             if not (
                 _near(fresh[slot.name], have, _ROUNDING[self._encoding])
                 if rounded
-                else close(have, fresh[slot.name].cpu(), device=device)
+                else close(have.to(fresh[slot.name].device), fresh[slot.name])
             ):
                 return f"the stored output of {slot.name!r} is not what it gives now"
         return None
@@ -1036,9 +1034,10 @@ class FrontierCache:
         loading = time.perf_counter()
         for some in _heaps(use.source.blocks(firsts, view)):
             examples = [moved(e, batch.real_device) for _, e in some]
+            wait_for(batch.real_device)  # what training has queued is not computing for the store
             start = time.perf_counter()
             filled = use.region.fill_many(examples)
-            _wait_for(batch.real_device)
+            wait_for(batch.real_device)
             end = time.perf_counter()
             samples = sum(batch_size(e) for e in examples)
             use.balance.add_computed(samples, end - (loading if use.source.fixed else start))
@@ -1105,12 +1104,6 @@ class FrontierCache:
             if not self._write(use, int(rows[0]), found):
                 return []
         return left
-
-
-def _wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given: before, the clock tells nothing of computing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 _ABSENT = object()

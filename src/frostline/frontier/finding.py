@@ -480,28 +480,20 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def close(
-    one: Tensor,
-    other: Tensor,
-    *,
-    lenience: float = 1.0,
-    device: torch.device | None = None,
-) -> bool:
+def close(one: Tensor, other: Tensor, *, lenience: float = 1.0) -> bool:
     """Whether two computations of one value agree within `lenience` times `tolerance`.
 
     Args:
-        one: the value.
-        other: the value, computed again.
+        one: the value, on the device where it is computed.
+        other: the value, computed again; on the same device.
         lenience: at least 1; more never allows above a tenth of the largest value.
-        device: where they were computed, if they are elsewhere now.
     """
     if one.shape != other.shape:
         return False
     if one.layout is not torch.strided:
         one, other = one.to_dense(), other.to_dense()
     real = one.dtype if not one.dtype.is_complex else torch.float32
-    allowed = tolerance(real, one.device if device is None else device)
-    allowed = max(allowed, min(lenience * allowed, _MOST))
+    allowed = min(lenience * tolerance(real, one.device), _MOST)
     if not allowed:
         return bool(torch.equal(one, other))
     a, b = (torch.nan_to_num(t.to(torch.complex128 if t.is_complex() else torch.float64))

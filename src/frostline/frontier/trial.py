@@ -32,6 +32,7 @@ from frostline.backends.torch.tracing import (
     uncompiled,
 )
 from frostline.errors import FrontierError
+from frostline.frontier.arrays import wait_for
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 
@@ -202,15 +203,11 @@ class Rehearsal:
         return min(took)
 
     def _once(self, work: Work) -> float:
-        self._wait()
+        wait_for(self.memory.device)
         start = time.perf_counter()
         work()
-        self._wait()
+        wait_for(self.memory.device)
         return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.memory.device.type != "cpu":
-            torch.accelerator.synchronize(self.memory.device)
 
 
 @dataclass(slots=True)
