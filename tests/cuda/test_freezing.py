@@ -123,9 +123,9 @@ def test_frozen_bits_are_identical(
     head = {n for n in deep if n.startswith(("2.", "head."))}
     assert head <= moved(all_before, trainer.bits())
     trainer.updates(4)
-    assert {n for n, _ in trainer.model.named_parameters() if n in before} <= moved(
-        before, trainer.shallow()
-    )
+    shallow = {n for n, _ in trainer.model.named_parameters() if n in before}
+    # What batch norm subtracts again has no gradient but rounding, which may be nothing at all.
+    assert shallow - {"0.0.bias"} <= moved(before, trainer.shallow())
     holds = trainer.driver.finish().holds
     assert (
         before.items()

@@ -14,8 +14,14 @@ from torch import Tensor, nn
 
 from frostline.backends.torch.example import Example
 from frostline.errors import FrontierError
-from frostline.frontier.finding import rows_of
-from frostline.frontier.region import Region, ReplayDiverged, difference, find_region
+from frostline.frontier.finding import close, rows_of
+from frostline.frontier.region import (
+    Region,
+    ReplayDiverged,
+    difference,
+    find_region,
+    gradient_difference,
+)
 from frostline.frontier.structure import tensors_of
 from torch_cases import picture
 
@@ -895,6 +901,38 @@ def test_what_differs_is_said():
     assert "values come out" in str(difference(one, (torch.ones(2),)))
     assert "is a int, not a Tensor" in str(difference(one, (2, 3)))
     assert difference((torch.tensor([float("nan")]),), (torch.tensor([float("nan")]),)) is None
+
+
+def test_gradients_that_cancel_are_judged_by_their_module():
+    """A bias before batch norm has a gradient of rounding alone, which no two passes share."""
+    full = {
+        "0.weight": torch.tensor([2.0, 1.0]),
+        "0.bias": torch.tensor([4e-7]),
+        "b": torch.ones(1),
+    }
+    assert gradient_difference(full, {**full, "0.bias": torch.tensor([-3e-7])}) is None
+    assert "of 0.bias is off" in str(gradient_difference(full, {**full, "0.bias": torch.ones(1)}))
+    off = {**full, "0.weight": torch.tensor([2.0, 1.1])}
+    assert "of 0.weight is off by 0.1" in str(gradient_difference(full, off))
+    # Alone in its module it is judged by itself.
+    alone = {"0.bias": torch.tensor([4e-7])}
+    assert gradient_difference(alone, {"0.bias": torch.tensor([-3e-7])}) is not None
+    assert "other parameters" in str(gradient_difference(full, alone))
+
+
+@pytest.mark.parametrize("extreme", [float("inf"), -float("inf"), torch.finfo(torch.float32).min])
+def test_extremes_hide_no_difference(extreme: float):
+    one = torch.tensor([extreme, 1.0, 2.0])
+    assert close(one, one.clone())
+    assert not close(one, torch.tensor([extreme, 1.0, 2.5]))
+    assert not close(one, torch.tensor([1.0, 1.0, 2.0]))
+
+
+def test_what_is_no_number_is_no_zero():
+    nothing = torch.tensor([float("nan"), 1.0])
+    assert close(nothing, nothing.clone())
+    assert not close(nothing, torch.tensor([0.0, 1.0]))
+    assert not close(torch.tensor([0.0, 1.0]), nothing)
 
 
 # -- filling from a shallower region ------------------------------------------------------------

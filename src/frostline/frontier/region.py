@@ -64,7 +64,18 @@ from frostline.frontier.state import (
 from frostline.frontier.structure import leaves_of, map_leaves, tensors_of
 from frostline.frontier.taint import KeptWrites
 
-__all__ = ["Ending", "Region", "ReplayDiverged", "Slot", "difference", "find_region"]
+__all__ = [
+    "Ending",
+    "Region",
+    "ReplayDiverged",
+    "Slot",
+    "difference",
+    "find_region",
+    "gradient_difference",
+]
+
+#: By the names of the parameters that have one.
+Gradients = Mapping[str, Tensor]
 
 #: Floating-point operations done in the time in which a stored byte is read, about: 20 GFLOP/s on
 #: one core against 1 GB/s, checksum included.
@@ -191,7 +202,7 @@ class _Pass:
     """The model's own pass over the few samples: what a replay must give as well.
 
     Attributes:
-        result: (output, gradients of the trained parameters).
+        result: (output, gradients by the names of the parameters).
         writes: parameters that it wrote to.
         reentrant: whether its graph runs through reentrant checkpoints.
     """
@@ -248,8 +259,9 @@ def rehearse(region: Region, example: Example, first: _Pass) -> None:
         )
     rows = region.fill(example)
     region.check_recorded(rows)
-    replay = region.observed(lambda own: region.run(own, rows), example)
-    if (wrong := difference(first.result, replay)) is not None:
+    output, gradients = region.observed(lambda own: region.run(own, rows), example)
+    wrong = difference(first.result[0], output) or gradient_difference(first.result[1], gradients)
+    if wrong is not None:
         raise FrontierError(
             "replay the frozen region",
             found=f"the rehearsal on {batch_size(example)} samples went wrong: {wrong}",
@@ -274,6 +286,33 @@ def difference(one: Any, other: Any) -> str | None:
             worst = float((x.detach().double() - y.detach().double()).abs().max())
             return f"output {place} is off by {worst:.3g}"
     return None
+
+
+def gradient_difference(one: Gradients, other: Gradients) -> str | None:
+    """Which gradient differs beyond rounding, in words; None if none does.
+
+    What a norm or softmax takes out again, such as a bias before batch norm, has a gradient that
+    is rounding and nothing else. It is judged by the largest gradient of its module.
+    """
+    if one.keys() != other.keys():
+        return "other parameters get gradients than in the full forward pass"
+    scales: dict[str, float] = {}
+    for name, gradient in one.items():
+        owner = name.rpartition(".")[0]
+        scales[owner] = max(scales.get(owner, 0.0), _largest(gradient))
+    for name, gradient in one.items():
+        twin, scale = other[name], scales[name.rpartition(".")[0]]
+        if not close(gradient, twin, lenience=LENIENCE, scale=scale):
+            worst = float((gradient.double() - twin.double()).abs().max())
+            return f"the gradient of {name} is off by {worst:.3g}"
+    return None
+
+
+def _largest(value: Tensor) -> float:
+    """The largest finite number in it, without its sign; 0 where there is none."""
+    finite = value.to_dense().abs()
+    finite = finite[finite.isfinite()]
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 def _looked_into(recorded: Callable[[frozenset[str]], Region], names: frozenset[str]) -> Region:
@@ -585,11 +624,11 @@ class Region:
         """The model."""
         return self._root
 
-    def observed(self, run: Callable[[Example], Any], example: Example) -> Any:
+    def observed(self, run: Callable[[Example], Any], example: Example) -> tuple[Any, Gradients]:
         """What a pass gives, gradients included, leaving the model and random streams as they are.
 
         Returns:
-            (output, gradients of the trained parameters); the latter None where nothing trains.
+            (output, gradients of the trained parameters by name).
 
         Raises:
             FrontierError: the pass failed.
@@ -1057,19 +1096,20 @@ def _reentrant(output: Any) -> bool:
     return False
 
 
-def _gradients(output: Any, model: nn.Module) -> list[Tensor | None] | None:
+def _gradients(output: Any, model: nn.Module) -> Gradients:
     """Gradients of a loss that weighs every number of the output differently."""
     outputs = [t for t in tensors_of(output) if t.requires_grad and t.is_floating_point()]
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not outputs or not trained:
-        return None
+        return {}
     loss = torch.stack(
         [
             (t.float() * torch.arange(t.numel(), device=t.device).sin().reshape(t.shape)).sum()
             for t in outputs
         ]
     ).sum()
-    return list(torch.autograd.grad(loss, trained, allow_unused=True))
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {n: g for n, g in zip(trained, found, strict=True) if g is not None}
 
 
 def _given_alike(example: Example) -> list[Any]:
