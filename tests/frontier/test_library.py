@@ -95,20 +95,8 @@ def test_an_entry_says_what_it_is(library):
 def test_nothing_is_made_by_looking(library):
     assert library.entries() == ()
     assert library.find(key()) is None
-    assert library.closest(key()) is None
     assert library.prune(everything=True).removed == ()
     assert not library.root.exists()
-
-
-def test_why_an_entry_does_not_fit_is_said(library):
-    fill(library)
-    fill(library, "other")
-    wanted = CacheKey({"weights": {"a": "bits"}, "versions": {"torch": "2.15"}})
-    found = library.closest(wanted)
-    assert found is not None
-    assert found[0].about == {"model": "a"}
-    assert found[1] == library.stale(found[0], wanted) == ("torch 2.14, now 2.15",)
-    assert library.stale(found[0], key()) == ()
 
 
 def test_other_columns_or_rows_under_one_key_are_refused(library):

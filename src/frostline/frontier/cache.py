@@ -158,7 +158,7 @@ class Batch:
         self.open = True
         self.served = False
         self._device = torch.device(device)
-        self._example = example
+        self._example = None if example is None else moved(example, self._device)
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -176,10 +176,11 @@ class Batch:
         return self._example is not None
 
     def real(self) -> Example:
-        """The real arguments, loaded if they are not."""
+        """The real arguments on the device of the model, loaded if they are not."""
         if self._example is None:
-            self._example = self.source.load(self.indices.tolist(), self.views.tolist())
-        return moved(self._example, self._device)
+            given = self.source.load(self.indices.tolist(), self.views.tolist())
+            self._example = moved(given, self._device)
+        return self._example
 
     def stand_ins(self, looks: Example | None) -> Example:
         """The arguments as stand-ins that load themselves when somebody looks at them.

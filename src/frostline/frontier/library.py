@@ -233,22 +233,6 @@ class Library:
         whole = entry is not None and entry.key is not None and entry.key.digest == key.digest
         return entry if whole else None
 
-    def closest(self, key: CacheKey) -> tuple[Entry, tuple[str, ...]] | None:
-        """The entry that differs least from a key, and in what; the later used one of equals."""
-        found = [
-            (len(reasons := self.stale(entry, key)), -entry.last_used, entry, reasons)
-            for entry in self._scan(count=False)
-            if entry.key is not None
-        ]
-        if not found:
-            return None
-        *_, entry, reasons = min(found, key=lambda item: item[:2])
-        return entry, reasons
-
-    def stale(self, entry: Entry, key: CacheKey) -> tuple[str, ...]:
-        """Why an entry's values may not be used for a key; empty when they may."""
-        return (entry.why or "not readable",) if entry.key is None else entry.key.differences(key)
-
     # -- looking ---------------------------------------------------------------------------------
 
     def entries(self) -> tuple[Entry, ...]:
