@@ -18,6 +18,7 @@ from device_run import SPLIT, DeviceRun, load
 from frostline.backends.torch.checkpoint import load_checkpoint, save_checkpoint
 from frostline.backends.torch.freeze import torch_driver
 from frostline.backends.torch.optimizer import parameter_groups
+from frostline.backends.torch.random_state import read_random_state, same_random_state, seeded
 from frostline.compose import Placebo
 from frostline.errors import StorageError
 from frostline.policy import Policy
@@ -62,6 +63,18 @@ def test_a_policy_interrupted_equals_uninterrupted(
         return new
 
     shared.check_interrupted(make, resume)
+
+
+def test_draws_on_the_device_follow_the_seed_and_leave_no_trace(cuda: torch.device) -> None:
+    torch.rand(1, device=cuda)
+    before, found = read_random_state(), []
+    for seed in (3, 3, 4):
+        with seeded(seed):
+            start = read_random_state()
+            found.append(float(torch.rand((), device=cuda)))
+            assert not same_random_state(start, read_random_state())
+    assert found[0] == found[1] != found[2]
+    assert same_random_state(before, read_random_state())
 
 
 def test_dropout_on_the_device_goes_on_where_it_stopped(gpu: torch.device, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +51,7 @@ def write_random_state(state: Mapping[str, Any]) -> None:
 
 
 def same_random_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether Python's, NumPy's and torch's CPU generators stood at the same place.
+    """Whether all generators stood at the same place; CUDA's too, where either read them.
 
     Example:
         >>> before = read_random_state()
@@ -71,7 +71,12 @@ def same_random_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         one["python"] == other["python"]
         and numbers[0] == numbers[1]
         and torch.equal(one["torch"], other["torch"])
+        and _bytes_of(one.get("cuda", ())) == _bytes_of(other.get("cuda", ()))
     )
+
+
+def _bytes_of(states: Iterable[torch.Tensor]) -> list[bytes]:
+    return [state.numpy().tobytes() for state in states]
 
 
 @contextmanager
@@ -94,7 +99,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators, and restore all three afterwards.
+    """Seed every global generator, and put all of them back afterwards; CUDA's where it is in use.
 
     Third-party transforms and initialisers draw from the global generators; this way they are
     functions of `seed`, and the training loop's own random stream does not notice.
@@ -109,13 +114,10 @@ def seeded(seed: int) -> Iterator[None]:
         ...     first == random.random()
         True
     """
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  the global generator is what others draw from
-    torch.default_generator.manual_seed(seed)
-    try:
+    with undisturbed():
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  the global generator is what others draw from
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])  # noqa: NPY002
-        torch.set_rng_state(kept[2])
