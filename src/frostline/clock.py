@@ -28,6 +28,7 @@ class Progress:
         step: optimizer updates completed so far, >= 0.
         total_steps: updates the whole run will make, or None when unknown.
         steps_per_epoch: updates in one pass over the training data, or None when unknown.
+        spent_s: seconds of training and validation so far, or None where nobody counts them.
 
     Example:
         >>> Progress(step=25, total_steps=100, steps_per_epoch=10).epoch
@@ -37,6 +38,7 @@ class Progress:
     step: int = 0
     total_steps: int | None = None
     steps_per_epoch: int | None = None
+    spent_s: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "steps_per_epoch"):

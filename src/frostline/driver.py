@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from frostline.backend import Backend
@@ -152,6 +152,8 @@ class Driver:
         prove: keep SHA-256 digests of everything frozen and check them.
         measured: signals of the data that were measured before the run, by name and group, for
             policies that read them ("probe_accuracy"); may be set until the driver starts.
+        clock: gives the seconds of training and validation so far, for policies that keep to a
+            limit; may be set until the driver starts. None: nobody counts them.
 
     Attributes:
         plan: the plan in force.
@@ -184,6 +186,7 @@ class Driver:
     on_decision: Callable[[Decision], None] | None = None
     prove: bool = True
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    clock: Callable[[], float] | None = None
     plan: FreezePlan = field(init=False, default_factory=FreezePlan)
     decisions: list[Decision] = field(init=False, default_factory=list)
     progress: Progress = field(init=False)
@@ -468,7 +471,10 @@ class Driver:
     def _ask(self, kind: EventKind, metrics: Mapping[str, float], *, first: bool = False) -> None:
         gauges = self._gauges
         with self.costs.charge("policy_s"):
-            event = Event(kind, self.progress, gauges.values, metrics, gauges.sampled)
+            progress = self.progress
+            if self.clock is not None:
+                progress = replace(progress, spent_s=self.clock())
+            event = Event(kind, progress, gauges.values, metrics, gauges.sampled)
             plan, self._state = self.policy.decide(self.backend.groups, self._state, event)
         if first:
             self._change(plan, metrics)

@@ -694,5 +694,22 @@ SIGNALS: dict[str, Signal] = {
             "less: within noise of it",
             _OWN,
         ),
+        _supplied(
+            "first_epoch_from_s",
+            "seconds that an epoch is expected to take, with its validation, where the group is "
+            "the first one to train and nothing is stored yet",
+            _OWN,
+        ),
+        _supplied(
+            "epoch_from_s",
+            "the same of the epochs that follow, in which stored outputs are read",
+            _OWN,
+        ),
+        _supplied(
+            "peak_from_bytes",
+            "bytes that a step is expected to have in use at most where the group is the first "
+            "one to train",
+            _OWN,
+        ),
     )
 }

@@ -20,6 +20,7 @@ from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 from frostline.policies.auto import Affordable, Auto, ProbeDepth, Steer
 from frostline.policies.static import First, Full, LinearProbe
+from frostline.policies.within import Within
 from frostline.policy import Event, EventKind, Policy
 from frostline.testing import example_groups
 from numpy_case import NumpyCase
@@ -263,8 +264,9 @@ def test_a_metric_that_is_not_there_raises() -> None:
 
 
 def test_auto_is_its_parts() -> None:
-    expected = Affordable(Steer(ProbeDepth(tolerance=0.1), patience=3), time=0.5, memory=0.75)
-    assert Auto(time=0.5, memory=0.75, tolerance=0.1, patience=3).policy == expected
+    affordable = Affordable(Steer(ProbeDepth(tolerance=0.1), patience=3), time=0.5, memory=0.75)
+    parts = Auto(time=0.5, memory=0.75, tolerance=0.1, patience=3, run_s=60, peak_bytes=2e9).policy
+    assert parts == Within(affordable, run_s=60, peak_bytes=2e9)
     gaps = behind(0.3, 0.2, 0.1, -0.01, 0.0, 0.05)
     assert start(Auto(), probe_behind=gaps)[0].frozen == set(NAMES[:3])
     cheap, _ = start(Auto(time=0.5), probe_behind=gaps)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from frostline.cost import predicted_step_s
 from frostline.errors import FrontierError
 from frostline.frontier.region import Region, find_region
 from frostline.frontier.store import BLOCK_ROWS, Column, Store
-from frostline.frontier.trial import Recipe, Rehearsal, rehearsal
+from frostline.frontier.trial import BRIEFLY_S, LEAST_S, Recipe, Rehearsal, rehearsal
 from frostline.groups import GroupCost, LayerGroups
 from frostline.plan import FreezePlan
 
@@ -77,7 +77,8 @@ class DepthCost:
         cached_eval_s: seconds to validate one batch of stored samples.
         read_s: seconds to read the stored rows of one batch, in any order, checksums compared.
         write_s: seconds to write them.
-        row_bytes: bytes stored per sample, without the few that the store adds.
+        row_bytes: bytes stored per sample, without the few that the store adds; None where nothing
+            can be skipped, and where the region was not looked for.
         saved_bytes: bytes of a checkpoint, and of the weights once more for the best epoch.
         peak_memory_bytes: weights, and the most memory in use above them during steps without
             the cache; None where it cannot be known.
@@ -163,7 +164,8 @@ class EpochCost:
         cached_epoch_s: seconds of an epoch once all samples are stored.
         break_even_epochs: the number of epochs from which on a run with the cache is the shorter
             one; None where it never is.
-        disk_bytes: bytes of the store: rows of all samples in all views.
+        disk_bytes: bytes of the store: rows of all samples in all views; None where that
+            is not known.
         gain: share of the run's time that the cache saves, negative where it loses.
         advice: "cache", or why not.
     """
@@ -213,12 +215,7 @@ def _epochs_at(cost: DepthCost, batch_size: int, work: Workload) -> EpochCost:
     val_load = _with_workers(work, work.val_samples * work.val_load_s, validations * cost.eval_s)
     saving = cost.saved_bytes * work.save_s
     epoch = load + val_load + saving
-    if (
-        cost.cached_step_s is None
-        or cost.fill_s is None
-        or cost.cached_eval_s is None
-        or cost.row_bytes is None
-    ):
+    if cost.cached_step_s is None or cost.fill_s is None or cost.cached_eval_s is None:
         return EpochCost(cost, epoch, None, None, None, None, None, f"no: {cost.refused}")
     cached = (
         steps * (cost.cached_step_s + cost.read_s)
@@ -236,7 +233,9 @@ def _epochs_at(cost: DepthCost, batch_size: int, work: Workload) -> EpochCost:
         first_epoch_s=cached + fill + val_fill,
         cached_epoch_s=cached,
         break_even_epochs=even,
-        disk_bytes=cost.row_bytes * (work.samples * work.views + work.val_samples),
+        disk_bytes=None
+        if cost.row_bytes is None
+        else cost.row_bytes * (work.samples * work.views + work.val_samples),
         gain=gain,
         advice=_advice(gain, even, work.epochs),
     )
@@ -289,6 +288,8 @@ def foretell_steps(
     *,
     anchors: int = ANCHORS,
     times: int = 3,
+    regions: Literal["all", "tried", "none"] = "all",
+    most_bytes: float | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> StepCosts:
@@ -304,7 +305,11 @@ def foretell_steps(
         example: a batch of the size and shape that training will have.
         recipe: loss, optimizer and what else is in a step; AdamW by default.
         anchors: depths at which steps are run, >= 2.
-        times: runs of each timed piece of work, of which the least counts.
+        times: runs of each timed piece of work, of which the least counts; 1: no more than tells.
+        regions: depths whose frozen region is found: at others what is stored of a sample is not
+            known, nor whether something can be. "none": nothing is foretold of the cache.
+        most_bytes: no steps are run at depths whose weights, gradients, optimizer state and
+            activations are together larger; None: at any.
         folder: where a store will be, for a trial of its disk; the folder for temporary files by
             default.
         progress: receives a line when a part of the work begins.
@@ -325,7 +330,8 @@ def foretell_steps(
     say = progress or (lambda _: None)
     batch = Example.of(example)
     size = samples_in(batch)
-    with rehearsal(model, groups, batch, recipe or Recipe()) as stage:
+    least_s = LEAST_S if times > 1 else BRIEFLY_S
+    with rehearsal(model, groups, batch, recipe or Recipe(), least_s=least_s) as stage:
         found = _Found(stage, _few_samples(batch, size), times, folder)
         # Memory grows from depth to depth: what was freed before cannot hide what comes. The
         # deepest comes before the costs, whose full steps would leave the heap in pieces.
@@ -337,14 +343,23 @@ def foretell_steps(
             say(f"costs of {len(groups)} layer groups, on a batch of {size}")
             groups = measure_costs(model, groups, batch, repeats=2)
         shape = _Shape.of(groups)
-        tried = anchors_among(shape, anchors)
+        tried = anchors_among(shape, anchors, first=found.first(shape, most_bytes))
         for depth in reversed(tried[:-1]):
             say(f"steps with {depth} of {len(groups)} groups frozen")
-            found.plain(depth)
-        for depth in shape.depths:
+            try:
+                found.plain(depth)
+            except torch.OutOfMemoryError:  # what fits says what does not
+                say("they do not fit into the memory of the device")
+                tried = tuple(d for d in tried if d > depth)
+                break
+        for depth in shape.depths if regions == "all" else tried if regions == "tried" else ():
             if depth in tried:
                 say(f"cached steps with {depth} of {len(groups)} groups frozen")
             found.cached(depth, run=depth in tried)
+        if regions == "none":
+            found.refused = dict.fromkeys(shape.depths, "it was not asked for")
+        elif regions == "tried" and (why := found.refused.get(deepest)) is not None:
+            found.refused = dict.fromkeys(shape.depths, why)
     depths = tuple(_cost_at(d, groups, shape, found, tried) for d in shape.depths)
     spent = time.perf_counter() - started
     return StepCosts(size, depths, spent, time.process_time() - processor, groups)
@@ -388,15 +403,16 @@ def _deepest(groups: LayerGroups) -> int:
     return min((g.depth for g in groups if g.name in groups.head), default=len(groups) - 1)
 
 
-def anchors_among(shape: _Shape, count: int) -> tuple[int, ...]:
+def anchors_among(shape: _Shape, count: int, *, first: int = 0) -> tuple[int, ...]:
     """The depths at which steps are run: both ends, then where figures change most in between.
 
     Args:
         shape: sums of group costs by depth.
         count: how many, >= 2.
+        first: the shallowest one.
     """
     last = len(shape.step) - 1
-    chosen = sorted({0, last})
+    chosen = sorted({first, last})
 
     def change(pair: tuple[int, int]) -> float:
         one, other = pair
@@ -405,7 +421,7 @@ def anchors_among(shape: _Shape, count: int) -> tuple[int, ...]:
             for values in (shape.step, shape.cached)
         )
 
-    while len(chosen) < min(count, last + 1):
+    while len(chosen) < min(count, last - first + 1):
         gaps = [(a, b) for a, b in itertools.pairwise(chosen) if b - a > 1]
         one, other = max(gaps, key=change)
         middles = range(one + 1, other)
@@ -442,6 +458,11 @@ class _Found:
         self._state_share = self._stage.state_share()
         self._stage.memory.start()
 
+    def first(self, shape: _Shape, most_bytes: float | None) -> int:
+        """The shallowest depth that fits into so many bytes, as far as costs can say."""
+        fits = (d for d in shape.depths if self._weights + shape.memory[d] <= (most_bytes or 0))
+        return 0 if most_bytes is None else next(fits, shape.depths[-1])
+
     def saved_bytes(self, groups: LayerGroups, depth: int) -> float:
         """Bytes of a checkpoint and of the best weights."""
         trained = sum(p.size_bytes for g in groups[depth:] for p in g.parameters)
@@ -457,13 +478,15 @@ class _Found:
         grown = stage.memory.read()
         if grown is not None:
             self.memory[depth] = self._weights + grown
-        self.evaluation[depth] = stage.seconds(stage.evaluate, times=self._times - 1)
+        if self._times > 1 or not self.evaluation:  # all that is asked of it is the least
+            self.evaluation[depth] = stage.seconds(stage.evaluate, times=self._times - 1)
 
     def cached(self, depth: int, *, run: bool) -> None:
         """The region at this depth, and steps on stored rows where asked for."""
         if not depth:  # the end from which cached figures start
             self.refused[0] = "nothing is frozen"
-            self.cached_step[0] = self.step[0]
+            if 0 in self.step:
+                self.cached_step[0] = self.step[0]
             self.fill[0] = self.read[0] = self.write[0] = 0.0
             return
         stage = self._stage
@@ -486,8 +509,8 @@ class _Found:
         rows = fill()
         replay = partial(region.run, stage.example, rows)
         self.cached_step[depth] = stage.seconds(lambda: stage.step(replay), times=self._times)
-        # Once more, close in time: on a busy machine the two must be comparable.
-        self.step[depth] = min(self.step[depth], stage.seconds(stage.step, times=1))
+        if self._times > 1:  # close in time: on a busy machine the two must be comparable
+            self.step[depth] = min(self.step[depth], stage.seconds(stage.step, times=1))
         self.write[depth], self.read[depth] = store_seconds(rows, self._folder, times=self._times)
 
 
@@ -508,7 +531,8 @@ def _cost_at(
     refused = depth in found.refused
     cached = None if refused else _between(found.cached_step, shape.cached, depth)
     fill = None if refused else _between(found.fill, shape.fill, depth)
-    sizes = [float(found.row_bytes.get(d, 0)) for d in shape.depths]
+    known = len(found.row_bytes) + len(found.refused) == len(shape.depths)
+    sizes = [float(found.row_bytes.get(d, 0)) for d in shape.depths] if known else shape.fill
     memory = _between(found.memory, shape.memory, depth)
     evaluation = min(found.evaluation.values())
     whole = sum(_frozen_forward_s(g.cost or GroupCost()) for g in groups)

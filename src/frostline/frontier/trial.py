@@ -36,10 +36,14 @@ from frostline.frontier.arrays import wait_for
 from frostline.groups import LayerGroups
 from frostline.plan import FreezePlan
 
-__all__ = ["Recipe", "Rehearsal", "any_loss", "rehearsal"]
+__all__ = ["BRIEFLY_S", "LEAST_S", "Recipe", "Rehearsal", "any_loss", "memory_in_use", "rehearsal"]
 
 Work = Callable[[], Any]
-_AT_LEAST_S, _AT_MOST = 0.2, 50
+#: Seconds that work is timed for at least, however soon it is done; and where time is short.
+LEAST_S, BRIEFLY_S = 0.2, 0.04
+_AT_MOST = 50
+#: What warming up adds is little beside work that takes so long.
+_SLOW_S = 1.0
 
 
 def any_loss(output: Any) -> Tensor:
@@ -93,7 +97,12 @@ class Recipe:
 
 @contextlib.contextmanager
 def rehearsal(
-    model: nn.Module, groups: LayerGroups, example: Example, recipe: Recipe
+    model: nn.Module,
+    groups: LayerGroups,
+    example: Example,
+    recipe: Recipe,
+    *,
+    least_s: float = LEAST_S,
 ) -> Iterator[Rehearsal]:
     """Trial steps while the block runs; the model is afterwards what it was.
 
@@ -102,6 +111,7 @@ def rehearsal(
         groups: its layer groups.
         example: the batch of every step.
         recipe: the rest of a step.
+        least_s: seconds that each piece of work is timed for at least.
     """
     applied = applied_plan(model)
     fixed = recipe.fixed
@@ -111,7 +121,7 @@ def rehearsal(
         for parameter in model.parameters():
             keep(parameter)
         try:
-            yield Rehearsal(model, groups, example, recipe, fixed)
+            yield Rehearsal(model, groups, example, recipe, fixed, least_s)
         finally:
             record_plan(model, applied)
 
@@ -126,6 +136,7 @@ class Rehearsal:
         example: the batch of every step.
         recipe: the rest of a step.
         fixed: names of parameters that never train.
+        least_s: seconds that each piece of work is timed for at least.
     """
 
     model: nn.Module
@@ -133,6 +144,7 @@ class Rehearsal:
     example: Example
     recipe: Recipe
     fixed: Collection[str]
+    least_s: float = LEAST_S
     memory: PeakGrowth = field(init=False)
     _backend: TorchBackend = field(init=False)
     _optimizer: Optimizer = field(init=False)
@@ -194,11 +206,14 @@ class Rehearsal:
 
         Args:
             work: what to time.
-            times: how often at least; work that is soon done is run for a fifth of a second.
+            times: how often at least; work that is soon done is run for `least_s`. Where one run
+                is enough and takes long, the first one counts.
         """
-        work()
+        first = self._once(work)
+        if times <= 1 and first > _SLOW_S:
+            return first
         took = [self._once(work)]
-        while len(took) < times or (sum(took) < _AT_LEAST_S and len(took) < _AT_MOST):
+        while len(took) < times or (sum(took) < self.least_s and len(took) < _AT_MOST):
             took.append(self._once(work))
         return min(took)
 
@@ -228,12 +243,9 @@ class PeakGrowth:
     def start(self) -> None:
         """Take the present use as the zero."""
         self._start = None
-        with contextlib.suppress(OSError, KeyError):
+        with contextlib.suppress(OSError):
             self.forget()
-            on_device = self.device.type == "cuda"
-            self._start = (
-                torch.cuda.memory_allocated(self.device) if on_device else _own_status()["VmRSS"]
-            )
+            self._start = memory_in_use(self.device)
 
     def forget(self) -> None:
         """Forget the peak so far; the zero stays.
@@ -254,6 +266,23 @@ class PeakGrowth:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._start
         return max(0, _own_status()["VmHWM"] - self._start)
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes in use now: what torch allocated on CUDA, else what of this process is resident.
+
+    Args:
+        device: of the model.
+
+    Returns:
+        None where it cannot be known.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    _give_back_freed_memory()
+    with contextlib.suppress(OSError, KeyError):
+        return _own_status()["VmRSS"]
+    return None
 
 
 def _own_status() -> Mapping[str, int]:

@@ -1,7 +1,8 @@
 """The default of `fit`: a depth read from the data, kept within a budget, corrected as it trains.
 
-`Auto` is made of three parts that also serve alone: `ProbeDepth` says where to begin, `Steer`
-moves from there by what validation shows, and `Affordable` bounds what a step may cost.
+`Auto` is made of parts that also serve alone: `ProbeDepth` says where to begin, `Steer` moves from
+there by what validation shows, `Affordable` bounds what a step may cost as a share of full
+fine-tuning, and `Within` what the run may take in seconds and bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from frostline.policies.common import (
     improved,
     metric,
 )
+from frostline.policies.within import Within
 from frostline.policy import Event, EventKind, Policy, State
 from frostline.signals import Need
 
@@ -320,7 +322,8 @@ class Auto(Policy):
     fits a linear probe to every layer group. The groups before the first one that reads as well as
     any are frozen (`probe-depth`). If training stalls, underfitting unfreezes deeper and
     overfitting freezes more (`steer`). What a step costs is bounded by `time` and `memory`
-    (`affordable`). The reason of each decision says what was seen.
+    (`affordable`), what the run takes by `run_s` and `peak_bytes` (`within`), which `fit` sets from
+    its budgets. The reason of each decision says what was seen.
 
     Attributes:
         time: most time of a step, as a share of full fine-tuning's, (0, 1]; 1: no bound.
@@ -329,14 +332,16 @@ class Auto(Policy):
         patience: evaluations without improvement that count as a stall, >= 1.
         metric: what is to improve.
         mode: "min" if smaller is better, "max" if larger is.
+        run_s: most seconds of the whole run, > 0; None: no limit.
+        peak_bytes: most bytes that a step may have in use, > 0; None: no limit.
 
     References:
-        `affordable(steer(probe-depth))`; ours, from the sources named there. Starting from a solved
-        head: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
-        Out-of-Distribution", arXiv:2202.10054.
+        `within(affordable(steer(probe-depth)))`; ours, from the sources named there. Starting from
+        a solved head: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and
+        Underperform Out-of-Distribution", arXiv:2202.10054.
 
     Example:
-        >>> type(Auto(time=0.5).policy).__name__
+        >>> type(Auto(time=0.5).policy.policy).__name__
         'Affordable'
     """
 
@@ -346,16 +351,19 @@ class Auto(Policy):
     patience: int = 2
     metric: str = "val_loss"
     mode: Literal["min", "max"] = "min"
+    run_s: float | None = None
+    peak_bytes: float | None = None
 
     def __post_init__(self) -> None:
         self.policy  # noqa: B018 - raises on a bad option
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> Within:
         """The policy that this one is."""
         start = ProbeDepth(tolerance=self.tolerance)
         steered = Steer(start, metric=self.metric, mode=self.mode, patience=self.patience)
-        return Affordable(steered, time=self.time, memory=self.memory)
+        bounded = Affordable(steered, time=self.time, memory=self.memory)
+        return Within(bounded, run_s=self.run_s, peak_bytes=self.peak_bytes)
 
     def needs(self) -> tuple[Need, ...]:
         """Probes before training, and gradients of all groups once per epoch."""

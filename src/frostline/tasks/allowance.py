@@ -18,8 +18,9 @@ from frostline.plan import FreezePlan
 __all__ = ["Allowance", "Budget", "step_flops"]
 
 _PATTERN = re.compile(
-    r"\s*(\d+(?:\.\d+)?(?:e\+?\d{1,3})?)\s*(st|s|flop)\s*", re.ASCII | re.IGNORECASE
+    r"\s*(\d+(?:\.\d+)?(?:e\+?\d{1,3})?)\s*(st|s|min|h|flop)\s*", re.ASCII | re.IGNORECASE
 )
+_SECONDS = {"min": 60, "h": 3600}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +38,25 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read "500st", "600s" or "2e15flop".
+        """Read "500st", "600s", "10min", "1.5h" or "2e15flop".
 
         Raises:
             ConfigError: another form, or nothing at all.
 
         Example:
-            >>> Budget.parse("90 s"), str(Budget.parse("2e12flop"))
+            >>> Budget.parse("1.5 min"), str(Budget.parse("2e12flop"))
             (Budget(amount=90.0, unit='s'), '2e+12flop')
         """
         match = _PATTERN.fullmatch(text)
         amount = float(match[1]) if match else 0.0
-        unit = match[2] if match else ""
+        unit = match[2].lower() if match else ""
+        if unit in _SECONDS:
+            amount, unit = amount * _SECONDS[unit], "s"
         if match is None or not 0 < amount < float("inf") or (unit == "st" and amount % 1):
             raise ConfigError(
                 f"limit a run to {text!r}",
                 found="a limit of no known form" if match is None else "no usable amount",
-                fix="updates ('500st'), seconds ('600s') or operations ('2e15flop')",
+                fix="updates ('500st'), time ('600s', '10min', '1.5h') or operations ('2e15flop')",
             )
         return cls(amount, unit)
 

@@ -42,6 +42,22 @@ def _budget(text: str) -> str:
         raise ValueError(f"{error.found}; {error.fix}") from None
 
 
+def _size(text: str) -> str:
+    _size_of(text)
+    return text.strip()
+
+
+def _size_of(text: str) -> int:
+    """Bytes of "2GiB" or "800 MB"."""
+    try:
+        size = int(pydantic.TypeAdapter(pydantic.ByteSize).validate_python(text))
+    except pydantic.ValidationError:
+        size = 0
+    if size <= 0:
+        raise ValueError("no size; a number and a unit, such as '2GiB' or '800MB'")
+    return size
+
+
 def _duration(text: str) -> str:
     try:
         return str(Duration.parse(text))
@@ -59,6 +75,7 @@ Integer = Annotated[int, pydantic.BeforeValidator(_no_bool)]
 Number = Annotated[float, pydantic.BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Length = Annotated[str, pydantic.AfterValidator(_duration)]
 Limit = Annotated[str, pydantic.AfterValidator(_budget)]
+Size = Annotated[str, pydantic.AfterValidator(_size)]
 Channels = tuple[Number, Number, Number]
 Trackers = Annotated[tuple[TrackerName, ...], pydantic.BeforeValidator(_names)]
 
@@ -128,8 +145,15 @@ class RunConfig(BaseModel):
     budget: Limit | None = Field(
         None,
         description="The most that training may take within these epochs: updates ('500st'), "
-        "seconds ('600s') or floating-point operations ('2e15flop'). The learning-rate schedule "
-        "is compressed to it. By default the epochs alone say when the run ends.",
+        "time ('600s', '10min', '1.5h') or floating-point operations ('2e15flop'). The "
+        "learning-rate schedule is compressed to it; in a time, `auto` freezes as much as lets "
+        "all epochs fit. By default the epochs alone say when the run ends.",
+    )
+    memory_budget: Size | None = Field(
+        None,
+        description="The most memory that training may use, e.g. '2GiB': `auto` freezes as much "
+        "as keeps a step within it, as far as that can be foretold. On a GPU what torch "
+        "allocates, else what of the process is resident. By default no limit.",
     )
     batch_size: Integer = Field(
         32,
@@ -387,6 +411,16 @@ class RunConfig(BaseModel):
             except ConfigError as error:
                 raise ValueError(f"{error.found}; {error.fix}") from None
         return self
+
+
+def budget_bytes(config: RunConfig) -> int | None:
+    """Bytes of the memory budget, None where there is none.
+
+    Example:
+        >>> budget_bytes(RunConfig(model="m", data="d", memory_budget="2 GiB"))
+        2147483648
+    """
+    return None if config.memory_budget is None else _size_of(config.memory_budget)
 
 
 def load_config(

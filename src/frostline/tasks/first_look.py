@@ -16,7 +16,6 @@ from torch import nn
 from frostline.errors import DataError, ModelError, TrainingError
 from frostline.groups import LayerGroups
 from frostline.policy import Policy
-from frostline.signals import SIGNALS
 from frostline.tasks.config import RunConfig
 from frostline.tasks.features import Features, collect_features
 from frostline.tasks.imports import need
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FirstLook", "first_look", "measured_signals", "wanted"]
 
+_PROBES = ("probe_accuracy", "probe_behind")
 #: Most training samples that are looked at; with more, probes and heads hardly change any more.
 _MOST_SAMPLES = 5000
 #: Standard errors of accuracy given up for a head less sure of itself. With one, the penalty
@@ -59,7 +59,7 @@ def wanted(config: RunConfig, policy: Policy) -> tuple[bool, bool]:
         >>> wanted(RunConfig(model="m", data="d", head_start="solved"), make_policy("full"))
         (False, True)
     """
-    probes = any(SIGNALS[need.signal].supplied for need in policy.needs())
+    probes = any(need.signal in _PROBES for need in policy.needs())
     return probes, (probes if config.head_start is None else config.head_start == "solved")
 
 

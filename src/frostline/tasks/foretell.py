@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from frostline.backends.torch.backend import as_found
@@ -32,8 +32,8 @@ from frostline.frontier.foretell import (
     foretell_epochs,
     foretell_steps,
 )
-from frostline.frontier.trial import Recipe
-from frostline.groups import LayerGroups
+from frostline.frontier.trial import Recipe, memory_in_use
+from frostline.groups import GroupCost, LayerGroups
 from frostline.tasks.config import RunConfig
 from frostline.tasks.models import as_logits
 from frostline.tasks.order import derive_seed, epoch_order
@@ -41,7 +41,7 @@ from frostline.tasks.resources import borrowed_process, pick_device
 from frostline.tasks.setup import build_optimizer, mixed_precision
 from frostline.tasks.task import Batch, Split, Task, load_task
 
-__all__ = ["Forecast", "foretell_task"]
+__all__ = ["Forecast", "Outlook", "foretell_limits", "foretell_task"]
 
 #: Batches that are prepared to learn what a sample takes.
 BATCHES = 4
@@ -129,6 +129,114 @@ def foretell_task(
     return Forecast(task.config, steps.groups, steps, work, foretell_epochs(steps, work), spent)
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a run has to expect at every depth, for policies that keep it within limits.
+
+    Attributes:
+        signals: for `Driver.measured`: values by the first group that trains.
+        spent_s: seconds it took to find out.
+        peak_bytes: most memory that was in use meanwhile; None where it cannot be known.
+    """
+
+    signals: Mapping[str, Mapping[str, float]]
+    spent_s: float
+    peak_bytes: int | None
+
+
+def foretell_limits(
+    task: Task,
+    model: nn.Module,
+    groups: LayerGroups,
+    device: torch.device,
+    *,
+    measured_samples: int,
+    times: bool,
+    most_bytes: float | None,
+) -> Outlook:
+    """What epochs take and how far memory grows, from as few trial steps as tell it.
+
+    Steps are run at two depths: where the head alone trains, and where everything does, or as much
+    as `most_bytes` allows. What lies between follows the measured costs of the groups. Takes some
+    five steps of full fine-tuning; the model is afterwards what it was.
+
+    Args:
+        task: what is trained.
+        model: on `device`.
+        groups: its layer groups with measured costs.
+        device: where the model is.
+        measured_samples: how many samples their costs were measured on.
+        times: whether epochs are foretold, besides memory.
+        most_bytes: most memory in use; None: no bound.
+
+    Raises:
+        DataError: too few samples.
+        FrontierError: the output carries no gradient.
+    """
+    started, config = time.perf_counter(), task.config
+    batch, load_s = _typical_batch(task, task.train, augmented=True, batches=2)
+    _, val_load_s = _typical_batch(task, task.val, augmented=False, batches=1)
+    inputs = batch.to(device)
+    before = memory_in_use(device)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    steps = foretell_steps(
+        model,
+        _of_samples(groups, len(batch.targets) / measured_samples),
+        _example(inputs),
+        _recipe(task, inputs, device),
+        anchors=2,
+        times=1,
+        regions="tried" if times and config.cache != "off" else "none",
+        most_bytes=None if most_bytes is None else most_bytes - (before or 0) + weights,
+    )
+    after = memory_in_use(device)
+    work = Workload(
+        samples=len(task.train),
+        val_samples=len(task.val),
+        load_s=load_s,
+        val_load_s=val_load_s,
+        workers=config.workers,
+        cores=os.cpu_count() or 1,
+        views=config.views or 1,
+        epochs=config.epochs,
+        save_s=_saving_s_per_byte(task) if times and config.checkpoint_every else 0.0,
+    )
+    signals: dict[str, dict[str, float]] = {}
+    for epoch in foretell_epochs(steps, work):
+        first = later = epoch.epoch_s
+        cached = (epoch.first_epoch_s, epoch.cached_epoch_s)
+        if None not in cached and (epoch.worth_caching or config.cache == "on"):
+            first, later = (seconds or 0.0 for seconds in cached)
+        values = {"first_epoch_from_s": first, "epoch_from_s": later} if times else {}
+        if after is not None and epoch.step.peak_memory_bytes is not None:
+            values["peak_from_bytes"] = after + epoch.step.peak_memory_bytes - weights
+        for name, value in values.items():
+            signals.setdefault(name, {})[groups.names[epoch.step.depth]] = value
+    peaks = [
+        d.peak_memory_bytes for d in steps.depths if d.tried and d.peak_memory_bytes is not None
+    ]
+    # The copy of the weights that is held meanwhile has the size of the weights.
+    peak = (after or 0) + max(peaks) if peaks else None
+    return Outlook(signals, time.perf_counter() - started, peak)
+
+
+def _of_samples(groups: LayerGroups, ratio: float) -> LayerGroups:
+    """The groups with costs as of so many times the samples they were measured on."""
+
+    def grown(cost: GroupCost) -> GroupCost:
+        frozen = cost.frozen_forward_s
+        return replace(
+            cost,
+            forward_s=ratio * cost.forward_s,
+            input_grad_s=ratio * cost.input_grad_s,
+            weight_grad_s=ratio * cost.weight_grad_s,
+            activation_bytes=round(ratio * cost.activation_bytes),
+            frozen_forward_s=None if frozen is None else ratio * frozen,
+        )
+
+    return groups.with_costs({g.name: grown(g.cost) for g in groups if g.cost is not None})
+
+
 def _check_views(views: int, config: RunConfig) -> None:
     if views < 1:
         raise ConfigError(f"store {views} views", found="none", fix="views=1 or more")
@@ -158,7 +266,9 @@ def _recipe(task: Task, batch: Batch, device: torch.device) -> Recipe:
     )
 
 
-def _typical_batch(task: Task, split: Split, *, augmented: bool) -> tuple[Batch, float]:
+def _typical_batch(
+    task: Task, split: Split, *, augmented: bool, batches: int = BATCHES
+) -> tuple[Batch, float]:
     """Of a few batches the one whose size is nearest the mean, and seconds to prepare a sample.
 
     Raises:
@@ -174,16 +284,16 @@ def _typical_batch(task: Task, split: Split, *, augmented: bool) -> tuple[Batch,
     order = epoch_order(task.config.seed, 0, len(split))
     view = derive_seed(task.config.seed, "view", 0) if augmented else None
     task.collate([split[order[0], view]])  # opens what is opened once
-    batches: list[Batch] = []
+    made: list[Batch] = []
     started = time.perf_counter()
-    for first in range(0, min(len(split) - size + 1, BATCHES * size), size):
+    for first in range(0, min(len(split) - size + 1, batches * size), size):
         indices = order[first : first + size]
-        batches.append(task.collate([split[i, view] for i in indices]))
+        made.append(task.collate([split[i, view] for i in indices]))
     spent = time.perf_counter() - started
-    sizes = [_elements(batch) for batch in batches]
+    sizes = [_elements(batch) for batch in made]
     mean = sum(sizes) / len(sizes)
     typical = min(range(len(sizes)), key=lambda i: abs(sizes[i] - mean))
-    return batches[typical], spent / (len(batches) * size)
+    return made[typical], spent / (len(made) * size)
 
 
 def _elements(batch: Batch) -> int:

@@ -205,6 +205,7 @@ class TrainingLoop:
         if (allowance := self.parts.allowance) is not None:
             allowance.seconds = lambda: self.state.spent_s
             allowance.operations = lambda: self.state.spent_flop
+        self.parts.driver.clock = lambda: self.state.spent_s
         weights = self.task.class_weights()
         self._weights = None if weights is None else weights.to(self.parts.device)
 

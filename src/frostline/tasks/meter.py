@@ -48,6 +48,15 @@ class CostMeter:
         """The most memory that any session used."""
         return max(int(self.carried.get("peak_memory_bytes", 0)), self._peak.read())
 
+    def keep(self, peak_bytes: int = 0) -> None:
+        """Remember the peak of memory so far, where something is about to start it afresh.
+
+        Args:
+            peak_bytes: another one, to be remembered if it is larger.
+        """
+        peak = max(self.peak_memory_bytes, peak_bytes)
+        self.carried = {**self.carried, "peak_memory_bytes": peak}
+
     def read(
         self, driver: Driver, *, measure_s: float, first_look_s: float = 0.0
     ) -> dict[str, Any]:
@@ -56,7 +65,8 @@ class CostMeter:
         Args:
             driver: of this session; its own costs are listed by purpose.
             measure_s: seconds this session spent on measuring the layer groups.
-            first_look_s: seconds it spent on probing the data and solving the head.
+            first_look_s: seconds it spent on probing the data, solving the head and foretelling
+                costs.
         """
         session = {name: getattr(driver.costs, name) for name in _DRIVER}
         session |= {"measure_s": measure_s, "first_look_s": first_look_s}

@@ -30,10 +30,10 @@ from frostline.tasks.order import Batching
 from frostline.tasks.setup import build_optimizer, build_policy, build_schedule, mixed_precision
 from frostline.tasks.task import Split, Task, load_task
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["EXAMPLES", "Prepared", "prepare"]
 
 #: Samples that groups are found and measured with.
-_EXAMPLES = 2
+EXAMPLES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def prepare(config: RunConfig, folder: RunFolder, device: torch.device) -> Prepa
     task = load_task(config)
     config = task.config
     model = task.model.to(device)
-    example = _moved(task.example(_EXAMPLES), device)
+    example = _moved(task.example(EXAMPLES), device)
     groups = layer_groups(model, example, head=task.head)
     start = time.perf_counter()
     recorded = None if folder.asked() is None else _recorded_costs(folder, task)
@@ -119,9 +119,9 @@ def prepare(config: RunConfig, folder: RunFolder, device: torch.device) -> Prepa
     cache = build_cache(task, model, device)
     flops = None
     if budget is not None and budget.unit == "flop":
-        forward_flops = count_flops(model, groups, example, samples=_EXAMPLES)
+        forward_flops = count_flops(model, groups, example, samples=EXAMPLES)
         flops = partial(step_flops, groups, forward_flops)
-    savings = Savings(groups, measured_samples=_EXAMPLES, measure_s=measure_s)
+    savings = Savings(groups, measured_samples=EXAMPLES, measure_s=measure_s)
     parts = Parts(
         model,
         optimizer,

@@ -33,14 +33,16 @@ from frostline.plan import FreezePlan
 from frostline.policies.phases import ends_its_phase
 from frostline.policy import Decision
 from frostline.records import RunRecorder, read_run, write_certificate
-from frostline.tasks.config import RunConfig, dump_config
+from frostline.tasks.config import RunConfig, budget_bytes, dump_config
 from frostline.tasks.first_look import first_look, measured_signals, wanted
 from frostline.tasks.folder import RunFolder, asked_settings
+from frostline.tasks.foretell import Outlook, foretell_limits
 from frostline.tasks.loop import Listener, LoopState, TrainingLoop
 from frostline.tasks.meter import CostMeter
-from frostline.tasks.prepare import Prepared, prepare
+from frostline.tasks.prepare import EXAMPLES, Prepared, prepare
 from frostline.tasks.resources import Interrupt, pick_device
 from frostline.tasks.tracking import RunTracking
+from frostline.text import seconds_text
 
 __all__ = ["OnEvent", "Session", "run_session"]
 
@@ -155,24 +157,54 @@ class Session:
         self._announce(resumed=not first)
 
     def _look_first(self) -> None:
-        """Probe the data and solve the head, where the policy or the settings want it."""
+        """Probe the data, solve the head and foretell costs, as policy and settings want it."""
         parts, task, groups = self.prepared.parts, self.prepared.task, self.prepared.groups
         probes, solve = wanted(task.config, parts.driver.policy)
-        if not (probes or solve):
-            return
-        look = first_look(task, parts.model, groups, parts.device, probes=probes, solve=solve)
-        for note in look.notes:
-            _log.info("first look: %s", note)
-        _log.info("first look: the head is %s", look.head)
-        found: dict[str, Any] = {"head": look.head, "notes": list(look.notes), "probes": None}
-        if (curve := look.curve) is not None:
-            _log.info("first look: %s", curve.sentence())
-            _io.atomic_write_json(self.folder.probes, curve.to_json())
-            found["probes"] = curve.sentence()
-        parts.driver.measured = measured_signals(look.curve, groups)
-        self.recorder.first_look(found, costs={"first_look_s": look.seconds_s})
-        self.first_look_s = look.seconds_s
-        self.loop.state.spent_s += look.seconds_s
+        found: dict[str, Any] = {}
+        costs: dict[str, Any] = {}
+        measured: dict[str, Mapping[str, float]] = {}
+        if probes or solve:
+            look = first_look(task, parts.model, groups, parts.device, probes=probes, solve=solve)
+            for note in look.notes:
+                _log.info("first look: %s", note)
+            _log.info("first look: the head is %s", look.head)
+            found = {"head": look.head, "notes": list(look.notes), "probes": None}
+            if (curve := look.curve) is not None:
+                _log.info("first look: %s", curve.sentence())
+                _io.atomic_write_json(self.folder.probes, curve.to_json())
+                found["probes"] = curve.sentence()
+            measured |= measured_signals(look.curve, groups)
+            self.first_look_s += look.seconds_s
+        if (outlook := self._outlook()) is not None:
+            costs = {"foretold": outlook.signals}
+            measured |= outlook.signals
+            self.first_look_s += outlook.spent_s
+        if found or costs:
+            parts.driver.measured = measured
+            costs["first_look_s"] = self.first_look_s
+            self.recorder.first_look(found, costs=costs)
+            self.loop.state.spent_s += self.first_look_s
+
+    def _outlook(self) -> Outlook | None:
+        """What the run has to expect at every depth, where its policy keeps to limits."""
+        parts, config = self.prepared.parts, self.prepared.task.config
+        needs = {need.signal for need in parts.driver.policy.needs()}
+        times, memory = "epoch_from_s" in needs, "peak_from_bytes" in needs
+        if not (times or memory):
+            return None
+        self.meter.keep()  # foretelling starts the measuring of memory afresh
+        outlook = foretell_limits(
+            self.prepared.task,
+            parts.model,
+            self.prepared.groups,
+            parts.device,
+            measured_samples=EXAMPLES,
+            times=times,
+            most_bytes=budget_bytes(config) if memory else None,
+        )
+        self.meter.keep(outlook.peak_bytes or 0)
+        _log.info("foretold at every depth in %s", seconds_text(outlook.spent_s))
+        return outlook
 
     def _announce(self, *, resumed: bool) -> None:
         step, driver = self.loop.state.step, self.prepared.parts.driver

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,10 +16,12 @@ from frostline.clock import Duration, Progress
 from frostline.compose import Live
 from frostline.errors import ConfigError
 from frostline.groups import LayerGroups
+from frostline.policies.auto import Auto
+from frostline.policies.within import Within
 from frostline.policy import Policy
 from frostline.registry import make_policy
-from frostline.tasks.allowance import Allowance
-from frostline.tasks.config import RunConfig
+from frostline.tasks.allowance import Allowance, Budget
+from frostline.tasks.config import RunConfig, budget_bytes
 
 __all__ = [
     "build_optimizer",
@@ -113,14 +116,34 @@ def build_schedule(
 
 
 def build_policy(config: RunConfig) -> Policy:
-    """The policy of the settings, with their switches for frozen groups.
+    """The policy of the settings, with their limits and their switches for frozen groups.
 
     Raises:
+        ConfigError: a memory budget, and a policy that does not choose by cost.
         PolicyError: unknown policy or option.
     """
-    policy = make_policy(config.policy)
+    policy = _limited(make_policy(config.policy), config)
     if config.live_norm or config.live_dropout:
         return Live(policy, norm=config.live_norm, dropout=config.live_dropout)
+    return policy
+
+
+def _limited(policy: Policy, config: RunConfig) -> Policy:
+    """The policy with the limits of the settings, where it is one that keeps to some."""
+    most_bytes = budget_bytes(config)
+    budget = None if config.budget is None else Budget.parse(config.budget)
+    run_s = budget.amount if budget is not None and budget.unit == "s" else None
+    if isinstance(policy, (Auto, Within)):
+        # What is said of the policy itself counts.
+        run_s = policy.run_s if policy.run_s is not None else run_s
+        most_bytes = policy.peak_bytes if policy.peak_bytes is not None else most_bytes
+        return replace(policy, run_s=run_s, peak_bytes=most_bytes)
+    if most_bytes is not None:
+        raise ConfigError(
+            f"keep the memory of {config.policy!r} within {config.memory_budget}",
+            found="a policy that freezes the same whatever it costs",
+            fix=f"policy: auto, or within:policy=({config.policy})",
+        )
     return policy
 
 
