@@ -143,6 +143,29 @@ def test_steps_that_would_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch)
         assert len(found.signals["peak_from_bytes"]) == deepest + 1
 
 
+@pytest.mark.parametrize(("most_s", "samples"), [(None, 16), (1e9, 16), (1e-9, 4)])
+def test_where_time_is_short_steps_take_fewer_samples(
+    most_s: float | None, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from frostline.tasks import foretell as module
+
+    sizes: list[int] = []
+    real = module.foretell_steps
+
+    def seen(model: Any, groups: Any, example: Any, *rest: Any, **options: Any) -> Any:
+        found = real(model, groups, example, *rest, **options)
+        sizes.append(found.batch_size)
+        return found
+
+    monkeypatch.setattr(module, "foretell_steps", seen)
+    task = load_task(RunConfig(**SETTINGS))
+    groups = measure_costs(
+        task.model, layer_groups(task.model, task.example(2), head=task.head), task.example(2)
+    )
+    foretell_limits(task, task.model, groups, CPU, measured_samples=2, times=True, most_s=most_s)
+    assert sizes == [samples]
+
+
 def test_steps_that_the_device_has_no_room_for_leave_those_that_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -193,6 +216,13 @@ def test_where_nothing_fits_the_head_alone_trains(limit: dict[str, str], tmp_pat
     assert len(first.frozen) == len(run.record.header["groups"]) - len(run.record.header["head"])
     assert "and still too much" in first.reason
     assert run.summary["certificate_ok"]
+
+
+def test_a_short_time_has_room_for_a_short_look(tmp_path: Path) -> None:
+    run = fitted(tmp_path, budget="0.001s")
+    [note] = [n for n in run.record.first_look["notes"] if "time budget" in n]
+    assert note == "a look at 12 of 49 training samples: the time budget has no room for more"
+    assert not fitted(tmp_path / "rich", budget="1h").record.first_look["notes"]
 
 
 def test_less_memory_freezes_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,22 +13,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from frostline.cost import predicted_forward_s
 from frostline.errors import DataError, ModelError, TrainingError
 from frostline.groups import LayerGroups
+from frostline.plan import FreezePlan
 from frostline.policy import Policy
 from frostline.tasks.config import RunConfig
 from frostline.tasks.features import Features, collect_features
 from frostline.tasks.imports import need
-from frostline.tasks.task import Task
+from frostline.tasks.task import Split, Task
 
 if TYPE_CHECKING:
     from frostline.tasks.probes import ProbeCurve
 
-__all__ = ["FirstLook", "first_look", "measured_signals", "wanted"]
+__all__ = ["FirstLook", "first_look", "measured_signals", "samples_within", "wanted"]
 
 _PROBES = ("probe_accuracy", "probe_behind")
 #: Most training samples that are looked at; with more, probes and heads hardly change any more.
 _MOST_SAMPLES = 5000
+#: Samples of each class that are looked at however short the time is.
+_LEAST_PER_CLASS = 4
 #: Standard errors of accuracy given up for a head less sure of itself. With one, the penalty
 #: was too weak in one of four cases: trec6 lost four points with that seed.
 _ERRORS = 2.0
@@ -71,6 +75,7 @@ def first_look(
     *,
     probes: bool,
     solve: bool,
+    most_samples: int | None = None,
 ) -> FirstLook:
     """Probe every layer group and put a solved head into the model, as far as either is wanted.
 
@@ -83,6 +88,8 @@ def first_look(
         device: where the model is.
         probes: whether every layer group is probed.
         solve: whether the head is solved.
+        most_samples: of training and validation together, where time is short; a few of each class
+            are looked at in any case. None: no bound but our own.
 
     Raises:
         MissingExtra: no scikit-learn.
@@ -91,9 +98,18 @@ def first_look(
     need("sklearn", extra="study")
     notes: list[str] = []
     curve, head = None, "random, as asked"
+    share = 1.0 if most_samples is None else most_samples / (len(task.train) + len(task.val))
+    least = _LEAST_PER_CLASS * len(task.labels)
+
+    def limit(split: Split) -> int:
+        return min(_MOST_SAMPLES, max(least, int(share * len(split))))
+
+    if least < len(task.train) > limit(task.train) < _MOST_SAMPLES:
+        seen = f"{limit(task.train):,} of {len(task.train):,} training samples"
+        notes.append(f"a look at {seen}: the time budget has no room for more")
     try:
         train = collect_features(
-            task, model, task.train, groups, device=device, limit=_MOST_SAMPLES
+            task, model, task.train, groups, device=device, limit=limit(task.train)
         )
     except (DataError, ModelError) as error:
         notes.append(f"no look at the data: {error.found}")
@@ -104,7 +120,7 @@ def first_look(
 
         try:
             val = collect_features(
-                task, model, task.val, groups, device=device, limit=_MOST_SAMPLES
+                task, model, task.val, groups, device=device, limit=limit(task.val)
             )
             curve = probe_curve(train, val, seed=task.config.seed)
         except (DataError, ModelError) as error:
@@ -132,6 +148,24 @@ def _solve(train: Features, model: nn.Module, classes: int, seed: int) -> str:
         for name, values in zip(("weight", "bias"), found, strict=True):
             tensors[name].copy_(torch.from_numpy(values))
     return "solved"
+
+
+def samples_within(groups: LayerGroups, seconds: float, *, measured_samples: int) -> int:
+    """How many samples a forward pass takes so many seconds for, from measured costs.
+
+    Args:
+        groups: with measured costs.
+        seconds: of the forward pass alone; samples are prepared besides.
+        measured_samples: how many samples the costs were measured on.
+
+    Example:
+        >>> from frostline.testing import example_groups
+        >>> groups = example_groups(4)  # 10 ms for each in the forward pass
+        >>> samples_within(groups, 0.1, measured_samples=2)
+        5
+    """
+    each = predicted_forward_s(groups, FreezePlan(), below=len(groups)) / measured_samples
+    return int(seconds / each) if each else _MOST_SAMPLES
 
 
 def measured_signals(curve: ProbeCurve | None, groups: LayerGroups) -> dict[str, dict[str, float]]:

@@ -23,6 +23,7 @@ from frostline.backends.torch.checkpoint import save_checkpoint
 from frostline.backends.torch.example import Example
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.tracing import tensors_in
+from frostline.cost import predicted_step_s
 from frostline.errors import ConfigError, DataError
 from frostline.frontier.foretell import (
     FEW,
@@ -34,6 +35,7 @@ from frostline.frontier.foretell import (
 )
 from frostline.frontier.trial import Recipe, memory_in_use
 from frostline.groups import GroupCost, LayerGroups
+from frostline.plan import FreezePlan
 from frostline.tasks.config import RunConfig
 from frostline.tasks.models import as_logits
 from frostline.tasks.order import derive_seed, epoch_order
@@ -45,6 +47,8 @@ __all__ = ["Forecast", "Outlook", "foretell_limits", "foretell_task"]
 
 #: Batches that are prepared to learn what a sample takes.
 BATCHES = 4
+#: Steps of full fine-tuning that foretelling limits takes as long as.
+_STEPS = 5
 
 Progress = Callable[[str], None]
 
@@ -152,7 +156,8 @@ def foretell_limits(
     *,
     measured_samples: int,
     times: bool,
-    most_bytes: float | None,
+    most_bytes: float | None = None,
+    most_s: float | None = None,
 ) -> Outlook:
     """What epochs take and how far memory grows, from as few trial steps as tell it.
 
@@ -168,14 +173,20 @@ def foretell_limits(
         measured_samples: how many samples their costs were measured on.
         times: whether epochs are foretold, besides memory.
         most_bytes: most memory in use; None: no bound.
+        most_s: most seconds that it should take: steps are run on fewer samples where a whole batch
+            would take longer, unless memory is to be foretold. None: no bound.
 
     Raises:
         DataError: too few samples.
         FrontierError: the output carries no gradient.
     """
     started, config = time.perf_counter(), task.config
-    batch, load_s = _typical_batch(task, task.train, augmented=True, batches=2)
-    _, val_load_s = _typical_batch(task, task.val, augmented=False, batches=1)
+    size = config.batch_size
+    if most_s is not None and most_bytes is None:
+        each = predicted_step_s(groups, FreezePlan()) / measured_samples
+        size = min(size, max(FEW, int(most_s / (_STEPS * each)) if each else size))
+    batch, load_s = _typical_batch(task, task.train, augmented=True, batches=2, size=size)
+    _, val_load_s = _typical_batch(task, task.val, augmented=False, batches=1, size=size)
     inputs = batch.to(device)
     before = memory_in_use(device)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -267,14 +278,19 @@ def _recipe(task: Task, batch: Batch, device: torch.device) -> Recipe:
 
 
 def _typical_batch(
-    task: Task, split: Split, *, augmented: bool, batches: int = BATCHES
+    task: Task,
+    split: Split,
+    *,
+    augmented: bool,
+    batches: int = BATCHES,
+    size: int | None = None,
 ) -> tuple[Batch, float]:
     """Of a few batches the one whose size is nearest the mean, and seconds to prepare a sample.
 
     Raises:
         DataError: too few samples to find a frozen region with.
     """
-    size = min(task.config.batch_size, len(split))
+    size = min(size or task.config.batch_size, len(split))
     if augmented and size < FEW - 1:
         raise DataError(
             "foretell what training costs",

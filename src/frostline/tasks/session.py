@@ -34,7 +34,7 @@ from frostline.policies.phases import ends_its_phase
 from frostline.policy import Decision
 from frostline.records import RunRecorder, read_run, write_certificate
 from frostline.tasks.config import RunConfig, budget_bytes, dump_config
-from frostline.tasks.first_look import first_look, measured_signals, wanted
+from frostline.tasks.first_look import first_look, measured_signals, samples_within, wanted
 from frostline.tasks.folder import RunFolder, asked_settings
 from frostline.tasks.foretell import Outlook, foretell_limits
 from frostline.tasks.loop import Listener, LoopState, TrainingLoop
@@ -48,6 +48,8 @@ __all__ = ["OnEvent", "Session", "run_session"]
 
 _log = logging.getLogger("frostline")
 
+#: Shares of a time budget that a look at the data, and foretelling what training takes, may have.
+_LOOK_SHARE, _OUTLOOK_SHARE = 0.15, 0.05
 #: Receives progress: a mapping with "kind" (start, step, epoch, decision, checkpoint, end).
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -164,7 +166,18 @@ class Session:
         costs: dict[str, Any] = {}
         measured: dict[str, Mapping[str, float]] = {}
         if probes or solve:
-            look = first_look(task, parts.model, groups, parts.device, probes=probes, solve=solve)
+            most = self._budget_share_s(_LOOK_SHARE)
+            look = first_look(
+                task,
+                parts.model,
+                groups,
+                parts.device,
+                probes=probes,
+                solve=solve,
+                most_samples=None
+                if most is None
+                else samples_within(groups, most, measured_samples=EXAMPLES),
+            )
             for note in look.notes:
                 _log.info("first look: %s", note)
             _log.info("first look: the head is %s", look.head)
@@ -201,10 +214,17 @@ class Session:
             measured_samples=EXAMPLES,
             times=times,
             most_bytes=budget_bytes(config) if memory else None,
+            most_s=self._budget_share_s(_OUTLOOK_SHARE),
         )
         self.meter.keep(outlook.peak_bytes or 0)
         _log.info("foretold at every depth in %s", seconds_text(outlook.spent_s))
         return outlook
+
+    def _budget_share_s(self, share: float) -> float | None:
+        """Seconds that are this share of the run's time budget; None where it has none."""
+        allowance = self.prepared.parts.allowance
+        budget = None if allowance is None else allowance.budget
+        return None if budget is None or budget.unit != "s" else share * budget.amount
 
     def _announce(self, *, resumed: bool) -> None:
         step, driver = self.loop.state.step, self.prepared.parts.driver
