@@ -55,6 +55,7 @@ def write_run(
     predictions: Sequence[tuple[int, int, float]] = ((0, 0, 0.9), (1, 0, 0.8), (1, 1, 0.7)),
     settings: Mapping[str, Any] | None = None,
     costs: Mapping[str, Any] | None = None,
+    val_samples: int | None = None,
 ) -> Path:
     """A run folder as `fit` leaves it, but for model and checkpoints."""
     groups = groups or {"stem": 10, "body": 70, "head": 20}
@@ -66,7 +67,11 @@ def write_run(
         {
             "asked": asked_settings(config),
             "config": config.model_dump(mode="json", exclude={"output"}),
-            "data": {"test": {"samples": len(predictions), "content_sha256": "00"}},
+            "data": {
+                name: {"samples": samples, "content_sha256": "00"}
+                for name, samples in (("val", val_samples), ("test", len(predictions)))
+                if samples is not None
+            },
             "labels": list(labels),
             "notes": {},
             "groups": dict(groups),
@@ -149,6 +154,50 @@ def write_study(
         "margin": margin,
         "level": 0.95,
     }
+    (folder / "study.json").write_text(json.dumps(spec))
+    return folder
+
+
+def write_curve(
+    folder: Path, policies: Mapping[str, Mapping[int, Sequence[float | None]]], *, policy: str = ""
+) -> Path:
+    """A learning curve: accuracy by policy, training samples and seed; None is not run.
+
+    Args:
+        folder: of the study.
+        policies: accuracies.
+        policy: short form of all of them, where names are no short forms.
+    """
+    arms = []
+    for name, sizes in policies.items():
+        for size, accuracies in sizes.items():
+            arm, own = f"{name}@{size}", policy or name
+            settings = {"train_samples": size}
+            arms.append(
+                {"name": arm, "policy": own, "settings": settings, "control": None, "of": ""}
+            )
+            for seed, accuracy in enumerate(accuracies):
+                if accuracy is not None:
+                    place = folder / "runs" / arm / f"seed-{seed}"
+                    scores = (accuracy / 2, accuracy)
+                    write_run(
+                        place,
+                        policy=own,
+                        seed=seed,
+                        accuracies=scores,
+                        settings=settings,
+                        val_samples=50,
+                    )
+    spec = {
+        "format": 1,
+        "settings": {"model": "timm:net", "data": "photos", "epochs": 2},
+        "arms": arms,
+        "seeds": list(range(max(len(a) for of in policies.values() for a in of.values()))),
+        "reference": arms[0]["name"],
+        "margin": 0.01,
+        "level": 0.95,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.json").write_text(json.dumps(spec))
     return folder
 

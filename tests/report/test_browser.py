@@ -17,7 +17,7 @@ from frostline.policy import Decision
 from frostline.report.numbers import numbers_of
 from frostline.report.page import write_page
 from frostline.report.read import read_runs
-from report_records import hostile_run, large_run, plan, write_run
+from report_records import hostile_run, large_run, plan, write_curve, write_run
 
 pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -97,6 +97,21 @@ def test_it_draws_every_chart_and_asks_for_nothing(opened, report, scheme, size)
     assert all(count > 2 for count in found.page.evaluate(drawn))
     assert found.page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     assert found.page.locator(".chart.failed").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESK])
+def test_a_learning_curve_is_drawn_with_its_labels(opened, tmp_path, scheme, size):
+    few, many = {50: [0.4, 0.42], 100: [0.6, 0.64]}, {50: [0.5, 0.55], 100: [0.55, 0.57]}
+    study = write_curve(tmp_path / "study", {"full": few, "linear-probe": many})
+    path = tmp_path / "report.html"
+    write_page(numbers_of(read_runs([study])), path)
+    found = opened(path, scheme=scheme, size=size)
+    assert found.quiet(), (found.said, found.requests)
+    chart = found.page.locator('[data-chart="by_size"]')
+    shown = {text.strip() for text in chart.locator("text").all_text_contents()}
+    assert {"full", "linear-probe", "50", "100"} <= shown
+    assert found.page.evaluate("document.documentElement.scrollWidth") <= size["width"]
 
 
 def test_hovering_a_span_says_what_and_why(opened, report):

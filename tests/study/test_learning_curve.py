@@ -283,7 +283,7 @@ def test_a_change_that_the_means_alone_show():
     order = planted(RISING, FLAT, noise=0.2).order("full", "probe")
     assert (order.change, order.between) == ("changes by the means", (100, 200))
     assert set(order.ahead.values()) == {""}
-    assert order.sentence.startswith("by the means, probe is ahead of full up to 100 samples")
+    assert order.sentence.startswith("By the means, probe is ahead of full up to 100 samples")
     assert order.sentence.endswith("shown with 4 seeds: no difference at any size.")
 
 

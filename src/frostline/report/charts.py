@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import altair as alt
 import vl_convert
@@ -23,6 +23,9 @@ from frostline.report.numbers import Numbers, ProbeReading
 from frostline.report.results import METRICS, ArmResult, CurvePoint
 from frostline.report.timeline import Phase, Timeline, coarser
 from frostline.text import percent_text
+
+if TYPE_CHECKING:
+    from frostline.study.learning_curve import LearningCurve
 
 __all__ = [
     "THEMES",
@@ -67,7 +70,10 @@ _VARIABLE = re.compile(r"var\(--([a-z0-9-]+)\)")
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 _GIB = 2**30
 _MOST_OVERVIEW = 3000  # spans of all strategies together
-_POINTS, _LABELS = "points", "labels"
+_POINTS, _LABELS, _END_LABELS = "points", "labels", "end_labels"
+#: Where a label may stand beside its point, and beside the last point of a line.
+_AROUND = ("top", "right", "left", "bottom", "top-right", "bottom-right")
+_BEHIND = ("right", "top-right", "bottom-right", "top", "bottom", "top-left", "bottom-left")
 _LABEL_PX, _LABEL_LIMIT_PX = 12, 150
 #: Names beside an axis leave most of a narrow screen to the chart.
 _NAMES_PX = alt.ExprRef(
@@ -102,8 +108,10 @@ class Chart:
 def charts_of(numbers: Numbers) -> tuple[Chart, ...]:
     """All charts but the timelines, in the order of the page; those without numbers are absent."""
     made = [
-        _pareto(numbers.arms, "wall_s"),
-        _pareto(numbers.arms, "peak_memory_bytes"),
+        *(_by_size(curve) for curve in numbers.learning),
+        # Strategies at several sizes do not compete in quality and cost.
+        None if numbers.learning else _pareto(numbers.arms, "wall_s"),
+        None if numbers.learning else _pareto(numbers.arms, "peak_memory_bytes"),
         _overview(numbers),
         *(_curve(numbers, metric) for metric in METRICS),
         _probes(numbers),
@@ -122,12 +130,13 @@ def compiled(spec: Spec) -> Spec:
     """
     vega: Spec = vl_convert.vegalite_to_vega(spec)
     for mark in vega.get("marks", ()):
-        if mark.get("name") == f"{_LABELS}_marks":
-            _place_labels(mark)
+        for name, sides in ((_LABELS, _AROUND), (_END_LABELS, _BEHIND)):
+            if mark.get("name") == f"{name}_marks":
+                _place_labels(mark, sides)
     return vega
 
 
-def _place_labels(mark: Spec) -> None:
+def _place_labels(mark: Spec, sides: Sequence[str]) -> None:
     """Turn a text mark over the data into one over the points, placed by Vega's label transform."""
     update = mark["encode"]["update"]
     mark["from"] = {"data": f"{_POINTS}_marks"}
@@ -143,7 +152,7 @@ def _place_labels(mark: Spec) -> None:
         {
             "type": "label",
             "size": {"signal": "[width, height]"},
-            "anchor": ["top", "right", "left", "bottom", "top-right", "bottom-right"],
+            "anchor": list(sides),
             "offset": [4],
             "avoidBaseMark": True,
             "padding": 30,
@@ -257,6 +266,104 @@ def _dash(arms: Sequence[ArmResult]) -> alt.StrokeDash:
 
 def _percent_axis(title: str) -> alt.Axis:
     return alt.Axis(format=".0%", title=title, tickCount=5)
+
+
+# -- quality by number of samples --------------------------------------------------------------
+
+_SPLITS = {"val": "validation", "test": "test"}
+
+
+def _by_size(curve: LearningCurve) -> Chart:
+    """A learning curve: a line per policy, its band, its seeds, and where two of them cross."""
+    split = _SPLITS[curve.metric]
+    points = [(name, point) for name, of in curve.points.items() for point in of]
+    means = [
+        {"arm": name, "size": p.size, "mean": p.mean, "low": p.low, "high": p.high,
+         "seeds": len(p.scores)}
+        for name, p in points if p.mean is not None
+    ]  # fmt: skip
+    last = {row["arm"]: row for row in means}
+    bands = [row for row in means if row["low"] is not None]
+    runs = [
+        {"arm": name, "size": p.size, "score": score, "seed": seed}
+        for name, p in points for seed, score in p.scores.items() if len(p.scores) > 1
+    ]  # fmt: skip
+    crossings = [
+        {"at": order.at, "says": order.sentence} for order in curve.orders() if order.at is not None
+    ]
+    sizes = sorted({row["size"] for row in means})
+    count = "" if curve.eval_samples is None else f"{curve.eval_samples:,} "
+    band = f" Bands: {100 * curve.level:g} % intervals of the mean over seeds." if bands else ""
+    rule = " Dashed: where means cross." if crossings else ""
+    tables = (means, list(last.values()), bands, runs, crossings)
+    return Chart(
+        name="by_size" if curve.metric == "val" else "by_size_test",
+        title=f"{split.capitalize()} accuracy by number of training samples",
+        summary=f"Accuracy on {count}{split} samples. {curve.sentence()}{band}{rule}",
+        spec=_spec(_by_size_chart(curve, sizes, tables), height=320),
+        columns=("training samples", "strategy", "mean", "low", "high", "seeds", "missing"),
+        rows=tuple(
+            (p.size, name, p.mean, p.low, p.high, len(p.scores), "; ".join(p.absent))
+            for name, p in sorted(points, key=lambda item: item[1].size)
+        ),
+    )  # fmt: skip
+
+
+def _by_size_chart(
+    curve: LearningCurve, sizes: Sequence[int], tables: Sequence[Sequence[Spec]]
+) -> Any:
+    means, last, bands, runs, crossings = tables
+    param, shown = _hide()
+    names = list(curve.policies)
+    colours = [_var(name) for name in ("reference", *_CYCLE * (1 + len(names) // len(_CYCLE)))]
+    colour = alt.Color(
+        "arm:N", legend=None, scale=alt.Scale(domain=names, range=colours[: len(names)])
+    )
+    shape = alt.Shape("arm:N", legend=None, scale=alt.Scale(
+        domain=names, range=[_SHAPES[i % len(_SHAPES)] for i in range(len(names))]
+    ))  # fmt: skip
+    room = (sizes[-1] / sizes[0]) ** 0.18  # behind the last points, for their labels
+    domain = [0.95 * sizes[0], max(1.05, room) * sizes[-1]]
+    scale = alt.Scale(type="log", base=2, domain=domain, nice=False)
+    axis = alt.Axis(values=list(sizes), format=",d", labelOverlap="greedy")
+    x = alt.X("size:Q", title="training samples", scale=scale, axis=axis)
+    title = f"{_SPLITS[curve.metric]} accuracy"
+
+    def y(field: str) -> alt.Y:
+        return alt.Y(f"{field}:Q", axis=_percent_axis(title), scale=alt.Scale(zero=False))
+
+    drawn = alt.Chart(_data(means, "means")).transform_filter(shown)
+    told = [
+        alt.Tooltip("arm:N", title="strategy"),
+        alt.Tooltip("size:Q", format=",d", title="training samples"),
+        alt.Tooltip("mean:Q", format=".1%", title=f"mean {title}"),
+        alt.Tooltip("low:Q", format=".1%"),
+        alt.Tooltip("high:Q", format=".1%"),
+        alt.Tooltip("seeds:Q"),
+    ]
+    return alt.layer(
+        alt.Chart(_data(crossings, "crossings"))
+        .mark_rule(color=_var("soft"), strokeDash=[3, 4], strokeWidth=1.2)
+        .encode(x=alt.X("at:Q", scale=scale, axis=axis),
+                tooltip=alt.Tooltip("says:N", title="order")),
+        alt.Chart(_data(bands, "bands")).transform_filter(shown).mark_area(opacity=0.1)
+        .encode(x=x, y=y("low"), y2="high:Q", color=colour),
+        alt.Chart(_data(runs, "runs")).transform_filter(shown)
+        .mark_point(filled=True, size=22, opacity=0.45)
+        .encode(x=x, y=y("score"), color=colour, shape=shape,
+                tooltip=[told[0], told[1], alt.Tooltip("seed:Q"),
+                         alt.Tooltip("score:Q", format=".1%", title=title)]),
+        drawn.mark_line(strokeWidth=2.2).encode(x=x, y=y("mean"), color=colour),
+        drawn.mark_point(filled=True, size=80, opacity=1, stroke=_var("paper"), strokeWidth=1.2)
+        .encode(x=x, y=y("mean"), color=colour, shape=shape, tooltip=told),
+        alt.Chart(_data(last, "last")).transform_filter(shown)
+        .mark_point(filled=True, size=80, opacity=1, stroke=_var("paper"), strokeWidth=1.2)
+        .encode(x=x, y=y("mean"), color=colour, shape=shape, tooltip=told)
+        .properties(name=_POINTS),
+        alt.Chart(_data(last, "last")).transform_filter(shown)
+        .mark_text(align="left", dx=8, fontSize=_LABEL_PX, limit=_LABEL_LIMIT_PX, color=_var("ink"))
+        .encode(x=x, y=y("mean"), text="arm:N").properties(name=_END_LABELS),
+    ).add_params(param)  # fmt: skip
 
 
 # -- quality against cost ----------------------------------------------------------------------

@@ -70,7 +70,9 @@ def headline(runs: Runs, arms: Sequence[ArmResult]) -> Headline:
     """
     best = featured(arms)
     base = next((arm for arm in arms if arm.reference), None)
-    if runs.comparison is not None:
+    if runs.learning:
+        title, sentences = _of_sizes(runs)
+    elif runs.comparison is not None:
         title, sentences = _of_study(runs, arms, best, base)
     elif len(arms) > 1:
         title, sentences = _of_several(arms, best)
@@ -111,6 +113,20 @@ def _of_study(
             f"{times:.1f} times one run of {base.name}."
         )
     return title, sentences + missing
+
+
+def _of_sizes(runs: Runs) -> tuple[str, list[str]]:
+    """How the order of strategies depends on the number of training samples."""
+    from frostline.study.learning_curve import rising  # noqa: PLC0415  scipy is in it
+
+    curve = runs.learning[0]
+    said = [order.sentence for order in curve.orders()]
+    said += [rising(name, curve) for name in curve.policies]
+    title, _, ground = said[0].partition("; ")
+    if ground:
+        said.insert(1, f"{ground[0].upper()}{ground[1:]}")
+    notes = [f"Note: {note}." for note in curve.notes]
+    return f"{title.removesuffix('.')}.", [*said[1:], *notes]
 
 
 def _than(arm: ArmResult) -> str:

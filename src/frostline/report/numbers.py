@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frostline import _io
 from frostline.errors import DamagedFile
@@ -15,6 +15,9 @@ from frostline.report.read import Proof, ReportRun, Runs
 from frostline.report.repeat import Repeat, repeat
 from frostline.report.results import ArmResult, CurvePoint, arm_results, curves
 from frostline.report.timeline import Timeline, timeline
+
+if TYPE_CHECKING:
+    from frostline.study.learning_curve import LearningCurve
 
 __all__ = ["Diagnosis", "Finding", "Numbers", "ProbeReading", "RunDetail", "numbers_of"]
 
@@ -123,6 +126,8 @@ class Numbers:
         diagnoses: what was diagnosed.
         repeat: how to do it again.
         level: of the intervals of differences, in (0, 1).
+        learning: accuracy by number of training samples on validation and on test data, for a study
+            of that; none for others.
     """
 
     model: str
@@ -137,15 +142,17 @@ class Numbers:
     diagnoses: tuple[Diagnosis, ...]
     repeat: Repeat
     level: float = 0.95
+    learning: tuple[LearningCurve, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, numbers that are none as strings."""
-        plain = asdict(replace(self, details=()))
+        plain = asdict(replace(self, details=(), learning=()))
         details = [
             {**asdict(replace(d, timeline=_EMPTY)), "timeline": _timeline_json(d.timeline)}
             for d in self.details
         ]
-        return _io.finite_json({**plain, "details": details})
+        learning = [curve.to_json() for curve in self.learning]
+        return _io.finite_json({**plain, "details": details, "learning": learning})
 
 
 _EMPTY = Timeline((), frozenset(), 1, (), ())
@@ -188,6 +195,7 @@ def numbers_of(
         diagnoses=tuple(_diagnoses(runs)),
         repeat=repeat(runs),
         level=runs.comparison.spec.level if runs.comparison else 0.95,
+        learning=runs.learning,
     )
 
 

@@ -90,6 +90,7 @@ def page(numbers: Numbers) -> str:
         numbers=numbers,
         charts=charts,
         most_rows=_MOST_ROWS,
+        judged=len(numbers.arms) > 1 and not numbers.learning,
         opened=_opened(numbers),
         holds=first.proof.holds if first.proof else (),
         notes=list(dict.fromkeys(note for d in numbers.details for note in d.cache)),

@@ -23,6 +23,7 @@ from frostline.records import (
 
 if TYPE_CHECKING:
     from frostline.study.analysis import Comparison
+    from frostline.study.learning_curve import LearningCurve
 
 __all__ = ["Proof", "ReportRun", "Runs", "read_runs"]
 
@@ -102,6 +103,8 @@ class Runs:
         comparison: what the study says; None for runs that were not declared as one.
         diagnosis: of the study as a whole, or None.
         failures: reasons by "arm, seed n" of runs that failed.
+        learning: accuracy by number of training samples on validation and on test data, for a study
+            of that; none for others.
     """
 
     runs: tuple[ReportRun, ...]
@@ -110,6 +113,7 @@ class Runs:
     comparison: Comparison | None = None
     diagnosis: Mapping[str, Any] | None = None
     failures: Mapping[str, str] = field(default_factory=dict)
+    learning: tuple[LearningCurve, ...] = ()
 
     def of(self, arm: str) -> tuple[ReportRun, ...]:
         """The runs of a strategy."""
@@ -283,6 +287,7 @@ def _read_study(path: Path) -> Runs:
     need("scipy", extra="study")
     from frostline.study.analysis import analyse  # noqa: PLC0415
     from frostline.study.folder import StudyFolder, TrialKey  # noqa: PLC0415
+    from frostline.study.learning_curve import read_curve  # noqa: PLC0415
 
     comparison, folder = analyse(path), StudyFolder(path)
     runs, failures = [], {}
@@ -305,4 +310,7 @@ def _read_study(path: Path) -> Runs:
         comparison=comparison,
         diagnosis=_beside(path / DIAGNOSIS_NAME),
         failures=failures,
+        learning=(read_curve(path), read_curve(path, metric="test"))
+        if comparison.spec.is_curve
+        else (),
     )

@@ -578,7 +578,7 @@ def _order(first: str, second: str, differences: Mapping[int, Paired], level: fl
         at=at,
         sentence="",
     )
-    return replace(order, sentence=f"{_verdict(order)}; {_ground(order)}.")
+    return replace(order, sentence=f"{_capital(_verdict(order))}; {_ground(order)}.")
 
 
 def _change(
@@ -637,6 +637,11 @@ def _shown_change(ahead: Mapping[int, str]) -> tuple[int, int] | None:
     shown = [(size, name) for size, name in ahead.items() if name]
     changes = [(a, b) for (a, one), (b, two) in pairwise(shown) if one != two]
     return changes[0] if len(changes) == 1 else None
+
+
+def _capital(text: str) -> str:
+    """The text as it begins a sentence: names of policies keep their letters."""
+    return f"B{text[1:]}" if text.startswith("by the means") else text
 
 
 def _verdict(order: Order) -> str:
