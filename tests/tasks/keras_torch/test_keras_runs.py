@@ -147,6 +147,19 @@ def test_two_files_of_equal_weights_and_unequal_settings_share_no_stored_outputs
     assert computed == [True, False, True]
 
 
+def test_auto_keeps_within_limits(tiny_file: Path, pictures: Path, tmp_path: Path) -> None:
+    limits = {"budget": "1h", "memory_budget": "900GiB"}
+    run = fit(tiny_file, pictures, tmp_path / "rich", policy="auto", epochs=1, **limits)
+    foretold = run.record.first_look["costs"]["foretold"]
+    assert set(foretold) == {"first_epoch_from_s", "epoch_from_s", "peak_from_bytes"}
+    assert "the run is expected to take" in run.record.decisions[0].plan.reason
+    poor = fit(
+        tiny_file, pictures, tmp_path / "poor", policy="auto", epochs=1, memory_budget="1KiB"
+    )
+    assert "and still too much" in poor.record.decisions[0].plan.reason
+    assert poor.summary["certificate_ok"]
+
+
 def test_auto_reads_the_layers_and_solves_the_head(
     tiny_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
