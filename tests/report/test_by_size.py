@@ -86,6 +86,21 @@ def test_sizes_do_not_compete_as_strategies(tmp_path: Path) -> None:
     assert "against the reference" not in text
 
 
+def test_it_says_how_to_do_it_again(tmp_path: Path) -> None:
+    again = numbers(tmp_path).repeat
+    [command] = again.commands
+    assert command == (
+        "frostline learning-curve timm:net photos --policies full linear-probe --sizes 50 100 200 "
+        "--seeds 3 --epochs 2"
+    )
+    assert again.notes == ()
+
+
+def test_the_first_tile_says_whose_accuracy_it_is(tmp_path: Path) -> None:
+    first = numbers(tmp_path).headline.tiles[0]
+    assert first.note == "full@200, 90.0 to 93.0 % over 3 seeds"
+
+
 def test_other_studies_have_no_such_chart(tmp_path: Path) -> None:
     write_study(tmp_path, {"full": [0.8, 0.81], "bitfit": [0.83, 0.84]})
     found = numbers_of(read_runs([tmp_path]))
@@ -106,7 +121,8 @@ def test_one_seed_has_no_band_and_no_points_of_seeds(tmp_path: Path) -> None:
     assert not values(drawn, "bands")
     assert not values(drawn, "runs")
     assert "Bands" not in drawn.summary
-    assert "One seed says nothing of chance." in found.headline.sentences
+    assert found.headline.title == "One seed does not show when freezing stops helping."
+    assert any(s.endswith("one seed says nothing of chance.") for s in found.headline.sentences)
     assert compiled(drawn.spec)
 
 
@@ -126,7 +142,10 @@ def test_what_is_missing_is_said_and_the_rest_drawn(tmp_path: Path) -> None:
     missing = {(row[0], row[1]): row[-1] for row in drawn.rows}
     assert missing[100, "full"] == "seed 0: not finished; seed 1: not finished"
     assert missing[100, "linear-probe"] == ""
-    assert any("full on 100, seed 0: not finished" in s for s in found.headline.sentences)
+    missing = "6 of 12 runs are missing: means are over fewer seeds there, or absent."
+    assert [s for s in found.headline.sentences if "missing" in s] == [missing]
+    assert not any(s.startswith("Note: ") for s in found.headline.sentences)
+    assert found.headline.title.startswith("Nothing can be compared")
     assert page(found)
 
 
@@ -141,7 +160,12 @@ def test_what_is_missing_is_said_and_the_rest_drawn(tmp_path: Path) -> None:
 )
 def test_one_policy_or_one_size_is_drawn_too(policies: Any, tmp_path: Path) -> None:
     found = numbers(tmp_path, policies)
-    assert found.headline.title.endswith(".")
+    sizes = {size for of in policies.values() for size in of}
+    assert found.headline.title == (
+        "One size, 50 samples, does not say when freezing stops helping."
+        if len(sizes) == 1
+        else "The last doubling of the data brought full +10.0 points, with no interval."
+    )
     assert compiled(chart(found).spec)
     assert page(found)
 
@@ -158,7 +182,7 @@ def test_hostile_reasons_stay_text(tmp_path: Path) -> None:
     (folder / "runs" / "full@50" / "seed-1.failed.json").write_text(why)
     found = numbers_of(read_runs([folder]))
     text = page(found)
-    assert any("full on 50, seed 1: " in sentence for sentence in found.headline.sentences)
+    assert any("full@50, seed 1: " in sentence for sentence in found.headline.sentences)
     for name in HOSTILE:
         assert "<" not in name or name not in text
 

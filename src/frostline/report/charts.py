@@ -25,7 +25,7 @@ from frostline.report.timeline import Phase, Timeline, coarser
 from frostline.text import percent_text
 
 if TYPE_CHECKING:
-    from frostline.study.learning_curve import LearningCurve
+    from frostline.study.learning_curve import LearningCurve, SizePoint
 
 __all__ = [
     "THEMES",
@@ -279,7 +279,7 @@ def _by_size(curve: LearningCurve) -> Chart:
     points = [(name, point) for name, of in curve.points.items() for point in of]
     means = [
         {"arm": name, "size": p.size, "mean": p.mean, "low": p.low, "high": p.high,
-         "seeds": len(p.scores)}
+         "interval": _interval(p), "seeds": len(p.scores)}
         for name, p in points if p.mean is not None
     ]  # fmt: skip
     last = {row["arm"]: row for row in means}
@@ -307,6 +307,12 @@ def _by_size(curve: LearningCurve) -> Chart:
             for name, p in sorted(points, key=lambda item: item[1].size)
         ),
     )  # fmt: skip
+
+
+def _interval(point: SizePoint) -> str:
+    if point.low is None or point.high is None:
+        return "none"
+    return f"{_percent(point.low)} to {_percent(point.high)}"
 
 
 def _by_size_chart(
@@ -337,8 +343,7 @@ def _by_size_chart(
         alt.Tooltip("arm:N", title="strategy"),
         alt.Tooltip("size:Q", format=",d", title="training samples"),
         alt.Tooltip("mean:Q", format=".1%", title=f"mean {title}"),
-        alt.Tooltip("low:Q", format=".1%"),
-        alt.Tooltip("high:Q", format=".1%"),
+        alt.Tooltip("interval:N", title=f"{100 * curve.level:g} % interval"),
         alt.Tooltip("seeds:Q"),
     ]
     return alt.layer(

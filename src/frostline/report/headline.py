@@ -120,13 +120,30 @@ def _of_sizes(runs: Runs) -> tuple[str, list[str]]:
     from frostline.study.learning_curve import rising  # noqa: PLC0415  scipy is in it
 
     curve = runs.learning[0]
-    said = [order.sentence for order in curve.orders()]
+    orders = curve.orders()
+    said = [order.sentence for order in orders]
     said += [rising(name, curve) for name in curve.policies]
-    title, _, ground = said[0].partition("; ")
-    if ground:
-        said.insert(1, f"{ground[0].upper()}{ground[1:]}")
-    notes = [f"Note: {note}." for note in curve.notes]
-    return f"{title.removesuffix('.')}.", [*said[1:], *notes]
+    points = [point for of in curve.points.values() for point in of]
+    sizes = sorted({point.size for point in points if point.scores})
+    seeds = max((d.n for order in orders for d in order.differences.values()), default=0)
+    if len(sizes) == 1:
+        title = f"One size, {sizes[0]:,} samples, does not say when freezing stops helping."
+    elif len(curve.policies) > 1 and not orders:
+        title = "Nothing can be compared: no two strategies share a size and a seed."
+    elif seeds == 1:
+        title = "One seed does not show when freezing stops helping."
+    else:
+        title, _, ground = said.pop(0).partition("; ")
+        title = f"{title.removesuffix('.')}."
+        said = [*([f"{ground[0].upper()}{ground[1:]}"] if ground else []), *said]
+    if absent := sum(len(point.absent) for point in points):
+        runs_of = absent + sum(len(point.scores) for point in points)
+        said.append(
+            f"{absent} of {runs_of} runs are missing: means are over fewer seeds there, or absent."
+        )
+    missing = {why for p in points for why in p.absent}
+    notes = [note for note in curve.notes if not any(note.endswith(why) for why in missing)]
+    return title, [*said, *(f"Note: {note}." for note in notes)]
 
 
 def _than(arm: ArmResult) -> str:
@@ -165,7 +182,7 @@ def _of_one(arm: ArmResult) -> tuple[str, list[str]]:
 
 
 def _tiles(runs: Runs, best: ArmResult, base: ArmResult | None) -> list[Tile]:
-    tiles = [_quality(best)]
+    tiles = [_quality(best, named=bool(runs.learning))]
     if (seconds := best.mean("wall_s")) is not None:
         tiles.append(_cost("whole run", seconds_text(seconds), best, base, "wall_s"))
     if (memory := best.mean("peak_memory_bytes")) is not None:
@@ -180,7 +197,7 @@ def _tiles(runs: Runs, best: ArmResult, base: ArmResult | None) -> list[Tile]:
     return tiles
 
 
-def _quality(arm: ArmResult) -> Tile:
+def _quality(arm: ArmResult, *, named: bool = False) -> Tile:
     values = arm.values("val_accuracy")
     if not values:
         ended = all(run.finished for run in arm.runs)
@@ -190,6 +207,7 @@ def _quality(arm: ArmResult) -> Tile:
         if len(values) > 1
         else "one seed"
     )
+    spread = f"{arm.name}, {spread}" if named else spread
     return Tile("validation accuracy", percent_text(arm.mean("val_accuracy")) or "", spread)
 
 

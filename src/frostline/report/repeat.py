@@ -5,16 +5,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frostline.report.read import ReportRun, Runs
 from frostline.tasks.config import RunConfig
+
+if TYPE_CHECKING:
+    from frostline.study.spec import StudySpec
 
 __all__ = ["Repeat", "fit_command", "repeat"]
 
 #: Settings of the machine rather than of the run; where its folders are is nobody's business.
 _LEFT_OUT = {"output", "cache_dir", "model", "data", "policy"}
 _OF_A_STUDY = {"seed"}
+#: Settings that follow from the number of training samples.
+_SIZED = {"train_samples", "epochs", "budget", "checkpoint_every", "patience"}
 #: Of intervals, where nothing else is said.
 _LEVEL = 0.95
 #: What a record tells of the machine and the libraries.
@@ -52,7 +57,7 @@ def repeat(runs: Runs) -> Repeat:
             if "loop" in run.record.header
         )
     else:
-        command, notes = _compare_command(runs)
+        command, notes = (_curve_command if runs.learning else _compare_command)(runs)
         commands = {command: None}
     first = runs.runs[0]
     facts: Mapping[str, Mapping[str, Any]] = first.record.header.get("data", {})
@@ -88,19 +93,45 @@ def _compare_command(runs: Runs) -> tuple[str, tuple[str, ...]]:
     spec = runs.comparison.spec
     policies = [arm.policy for arm in spec.arms if arm.control is None]
     controls = dict.fromkeys(arm.control for arm in spec.arms if arm.control is not None)
-    seeds = ",".join(map(str, spec.seeds))
-    if spec.seeds == tuple(range(len(spec.seeds))):
-        seeds = str(len(spec.seeds))
     words = ["frostline", "compare", str(spec.settings["model"]), str(spec.settings["data"])]
-    words += ["--policies", *policies, "--seeds", seeds]
+    words += ["--policies", *policies, "--seeds", _seeds(spec)]
     words += ["--controls", *controls] if controls else []
     words += ["--reference", spec.reference, "--margin", str(spec.margin)]
     words += ["--level", str(spec.level)] if spec.level != _LEVEL else []
     words += ["--target", str(spec.target)] if spec.target is not None else []
     words += _flags(spec.settings, without=_LEFT_OUT | _OF_A_STUDY)
     own = [arm.name for arm in spec.arms if arm.settings and arm.control is None]
-    note = f"settings of their own, which only Python can give: {', '.join(own)}; see study.json"
-    return _line(words), ((note,) if own else ())
+    return _line(words), _only_python(own)
+
+
+def _curve_command(runs: Runs) -> tuple[str, tuple[str, ...]]:
+    assert runs.comparison is not None  # noqa: S101  the caller looked
+    spec = runs.comparison.spec
+    arms = {arm.name.rpartition("@")[0]: arm for arm in spec.arms}
+    sizes = sorted({int(arm.settings["train_samples"]) for arm in spec.arms})
+    words = ["frostline", "learning-curve"]
+    words += [str(spec.settings["model"]), str(spec.settings["data"])]
+    words += ["--policies", *(arm.policy for arm in arms.values())]
+    words += ["--sizes", *map(str, sizes), "--seeds", _seeds(spec)]
+    # It stops no run early unless it is asked to.
+    patient = {"patience"} if spec.settings.get("patience") is None else set[str]()
+    words += _flags(spec.settings, without=_LEFT_OUT | _OF_A_STUDY | patient)
+    return _line(words), _only_python(
+        [n for n, arm in arms.items() if arm.settings.keys() - _SIZED]
+    )
+
+
+def _seeds(spec: StudySpec) -> str:
+    """How many from 0, or which."""
+    if spec.seeds == tuple(range(len(spec.seeds))):
+        return str(len(spec.seeds))
+    return ",".join(map(str, spec.seeds))
+
+
+def _only_python(own: Sequence[str]) -> tuple[str, ...]:
+    if not own:
+        return ()
+    return (f"settings of their own, which only Python can give: {', '.join(own)}; see study.json",)
 
 
 def _flags(given: Mapping[str, Any], *, without: set[str]) -> list[str]:

@@ -183,7 +183,7 @@ def arm_results(runs: Runs) -> tuple[ArmResult, ...]:
         for name in runs.arms
     ]
     if runs.learning:  # strategies at several sizes do not compete
-        return tuple(replace(arm, reference=False) for arm in _with_measured(arms))
+        return tuple(replace(arm, reference=False) for arm in arms)
     judged = _judged_by_study(arms, runs) if runs.comparison else _judged_by_seed(arms)
     return tuple(_with_measured(_with_front(judged)))
 
