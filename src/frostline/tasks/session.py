@@ -48,8 +48,9 @@ __all__ = ["OnEvent", "Session", "run_session"]
 
 _log = logging.getLogger("frostline")
 
-#: Shares of a time budget that a look at the data, and foretelling what training takes, may have.
-_LOOK_SHARE, _OUTLOOK_SHARE = 0.15, 0.05
+#: Shares of a time budget that the forward passes of a look at the data, and foretelling what
+#: training takes, may have. Preparing samples and fitting probes takes about as long again.
+_LOOK_SHARE, _OUTLOOK_SHARE = 0.08, 0.05
 #: Receives progress: a mapping with "kind" (start, step, epoch, decision, checkpoint, end).
 OnEvent = Callable[[dict[str, Any]], None]
 
