@@ -245,6 +245,16 @@ def test_less_memory_freezes_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert len(run.record.decisions[0].plan.frozen) == groups - room
 
 
+def test_a_system_that_does_not_tell_its_memory_refuses_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from frostline.tasks import foretell as module
+
+    monkeypatch.setattr(module, "memory_in_use", lambda device: None)
+    with pytest.raises(ConfigError, match="leave out the memory budget"):
+        fitted(tmp_path, memory_budget="1GiB")
+
+
 def test_a_paused_run_keeps_what_was_foretold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

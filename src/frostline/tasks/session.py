@@ -27,7 +27,7 @@ from frostline.backends.torch.checkpoint import (
 )
 from frostline.cost import plan_line, trained_share
 from frostline.driver import Certificate
-from frostline.errors import StorageError
+from frostline.errors import ConfigError, StorageError
 from frostline.integrations.trackers import Status, check_installed
 from frostline.plan import FreezePlan
 from frostline.policies.phases import ends_its_phase
@@ -218,6 +218,12 @@ class Session:
             most_s=self._budget_share_s(_OUTLOOK_SHARE),
         )
         self.meter.keep(outlook.peak_bytes or 0)
+        if memory and "peak_from_bytes" not in outlook.signals:
+            raise ConfigError(
+                f"keep memory within {config.memory_budget or 'a limit'}",
+                found=f"a system that does not tell how much is in use on {parts.device}",
+                fix="leave out the memory budget, or train on CUDA or on Linux",
+            )
         _log.info("foretold at every depth in %s", seconds_text(outlook.spent_s))
         return outlook
 
