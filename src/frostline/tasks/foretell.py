@@ -118,17 +118,7 @@ def foretell_task(
         steps = foretell_steps(
             model, groups, example, _recipe(task, inputs, device), progress=progress
         )
-        work = Workload(
-            samples=len(task.train),
-            val_samples=len(task.val),
-            load_s=load_s,
-            val_load_s=val_load_s,
-            workers=config.workers,
-            cores=os.cpu_count() or 1,
-            views=views,
-            epochs=config.epochs,
-            save_s=_saving_s_per_byte(task) if config.checkpoint_every else 0.0,
-        )
+        work = _workload(task, load_s, val_load_s, views=views, saves=True)
     spent = time.perf_counter() - started
     return Forecast(task.config, steps.groups, steps, work, foretell_epochs(steps, work), spent)
 
@@ -201,17 +191,7 @@ def foretell_limits(
         most_bytes=None if most_bytes is None else most_bytes - (before or 0) + weights,
     )
     after = memory_in_use(device)
-    work = Workload(
-        samples=len(task.train),
-        val_samples=len(task.val),
-        load_s=load_s,
-        val_load_s=val_load_s,
-        workers=config.workers,
-        cores=os.cpu_count() or 1,
-        views=config.views or 1,
-        epochs=config.epochs,
-        save_s=_saving_s_per_byte(task) if times and config.checkpoint_every else 0.0,
-    )
+    work = _workload(task, load_s, val_load_s, views=config.views or 1, saves=times)
     signals: dict[str, dict[str, float]] = {}
     for epoch in foretell_epochs(steps, work):
         first = later = epoch.epoch_s
@@ -229,6 +209,22 @@ def foretell_limits(
     # The copy of the weights that is held meanwhile has the size of the weights.
     peak = (after or 0) + max(peaks) if peaks else None
     return Outlook(signals, time.perf_counter() - started, peak)
+
+
+def _workload(task: Task, load_s: float, val_load_s: float, *, views: int, saves: bool) -> Workload:
+    """What an epoch of a task consists of, besides steps; saving is measured where it is wanted."""
+    config = task.config
+    return Workload(
+        samples=len(task.train),
+        val_samples=len(task.val),
+        load_s=load_s,
+        val_load_s=val_load_s,
+        workers=config.workers,
+        cores=os.cpu_count() or 1,
+        views=views,
+        epochs=config.epochs,
+        save_s=_saving_s_per_byte(task) if saves and config.checkpoint_every else 0.0,
+    )
 
 
 def _of_samples(groups: LayerGroups, ratio: float) -> LayerGroups:
