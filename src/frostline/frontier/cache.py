@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -83,6 +83,8 @@ _HEAP_BLOCKS, _HEAP_BYTES = 8, 64 << 20
 _TURN_BLOCKS = 8
 #: Divergences in a row after which a region is given up.
 PATIENCE = 5
+#: Ways through the frozen part that are looked for besides the first.
+_MOST_WAYS = 3
 
 
 class ShapesVary(FrontierError):
@@ -259,6 +261,9 @@ def moved(example: Example, device: torch.device) -> Example:
     return Example(args, kwargs)
 
 
+T = TypeVar("T")
+
+
 @dataclass(slots=True)
 class _Use:
     """A region that is in use for one source: with its store, and what it was found under."""
@@ -282,6 +287,23 @@ class _Use:
     balance: Balance = field(default_factory=Balance)
     digests: Mapping[str, Any] = field(default_factory=dict)
     kind: Any = None
+    split: tuple[str, ...] = ()
+    ways: list[Region] = field(default_factory=list)
+    refused_ways: int = 0
+
+    def by_any(self, action: Callable[[Region], T]) -> T:
+        """What an action gives on the region, or on another way that the model takes through it.
+
+        Raises:
+            ReplayDiverged: it is none of them; as the region itself said it.
+        """
+        try:
+            return action(self.region)
+        except ReplayDiverged:
+            for way in self.ways:
+                with suppress(ReplayDiverged):
+                    return action(way)
+            raise
 
     def usable(self) -> bool:
         """Whether it still holds: nothing in it trains, nothing in it was written to."""
@@ -564,7 +586,16 @@ class FrontierCache:
             self.report.check_s += time.perf_counter() - start
         if self._augment is not None and self._root.training:
             values = self._augment(values, mix(self._seed, batch.draw))
-        return use.region.run(shown, values, forward=forward, known=True)
+
+        def replay(region: Region) -> Any:
+            return region.run(shown, values, forward=forward, known=True)
+
+        try:
+            return use.by_any(replay)
+        except ReplayDiverged:
+            if (way := self._another_way(use, batch)) is None:
+                raise
+            return replay(way)
 
     def _due(self, use: _Use) -> bool:
         if use.served < CHECKED_FIRST:
@@ -602,8 +633,8 @@ class FrontierCache:
             with use.region.untouched():
                 # Copies: live code may write into what it is given.
                 copies = {name: value.clone() for name, value in stored.items()}
-                shown = use.region.fill(real) if rounded else copies
-                output = use.region.run(real, shown, forward=forward)
+                shown = use.by_any(lambda way: way.fill(real)) if rounded else copies
+                output = use.by_any(lambda way: way.run(real, shown, forward=forward))
         wrong = difference(full, output)
         culprit = self._culprit(use, real, stored) if wrong or rounded else None
         if wrong is None and culprit is not None:
@@ -618,7 +649,7 @@ class FrontierCache:
 
     def _culprit(self, use: _Use, example: Example, values: Mapping[str, Tensor]) -> str | None:
         """Which stored value is wrong, in words; None if none is."""
-        fresh = use.region.fill(example)
+        fresh = use.by_any(lambda way: way.fill(example))
         for slot in use.columns:
             have = values.get(slot.name)
             if have is None or have.shape != fresh[slot.name].shape:
@@ -829,7 +860,7 @@ class FrontierCache:
                 passed=region.passed,
                 encoding=self._encoding,
                 weights=self._weights_of(region),
-                device=next(iter(tensors_of((example.args, dict(example.kwargs))))).device,
+                device=_device_of(example),
             )
         if key.unknown:
             self.report.note(f"stored for this run only: {key.unknown[0]}")
@@ -868,6 +899,7 @@ class FrontierCache:
             region, store, source, slots, WriteWatch(table, names), frozen,
             self._root.training, _few(example), not source.fixed, table,
             digests=key.parts["weights"],
+            split=() if older is None else older.region.parts,
         )  # fmt: skip
 
     def _say_where_it_ends(self, region: Region) -> None:
@@ -982,7 +1014,19 @@ class FrontierCache:
         if not use.ragged:
             return {}
         real = batch.real()
-        return {s.name: use.region.row_shape(s, real)[0] for s in use.columns if s.shape}
+
+        def lengths(region: Region) -> dict[str, int]:
+            slots = {slot.name: slot for slot in region.slots}
+            return {
+                s.name: region.row_shape(slots[s.name], real)[0] for s in use.columns if s.shape
+            }
+
+        try:
+            return use.by_any(lengths)
+        except ReplayDiverged:
+            if (way := self._another_way(use, batch)) is None:
+                raise
+            return lengths(way)
 
     def _patch(
         self, use: _Use, batch: Batch, found: dict[str, Tensor], missing: NDArray[np.bool_]
@@ -993,7 +1037,7 @@ class FrontierCache:
             use.source.load(batch.indices[places].tolist(), batch.views[places].tolist()),
             batch.real_device,
         )
-        fresh = use.region.fill(few)
+        fresh = use.by_any(lambda way: way.fill(few))
         self.report.filled_rows += len(places)
         at = torch.from_numpy(places)
         for slot in use.columns:
@@ -1037,7 +1081,7 @@ class FrontierCache:
             examples = [moved(e, batch.real_device) for _, e in some]
             wait_for(batch.real_device)  # what training has queued is not computing for the store
             start = time.perf_counter()
-            filled = use.region.fill_many(examples)
+            filled = self._filled(use, examples, [f for f, _ in some], view)
             wait_for(batch.real_device)
             end = time.perf_counter()
             samples = sum(batch_size(e) for e in examples)
@@ -1049,6 +1093,99 @@ class FrontierCache:
                     use.full = use.ragged  # rows of one length are admitted by their number
                     return
             loading = time.perf_counter()
+
+    def _filled(
+        self, use: _Use, examples: Sequence[Example], firsts: Sequence[int], view: int
+    ) -> list[dict[str, Tensor]]:
+        """What is to be stored of some blocks, whichever way the model takes for each."""
+        with suppress(ReplayDiverged):
+            return use.region.fill_many(examples)
+        filled: list[dict[str, Tensor]] = []
+        for example, first in zip(examples, firsts, strict=True):
+            try:
+                filled.append(use.by_any(lambda way, e=example: way.fill(e)))
+            except ReplayDiverged:
+                rows = range(first, first + batch_size(example))
+                if (way := self._way_of(use, example, list(rows), view)) is None:
+                    raise
+                filled.append(way.fill(example))
+        return filled
+
+    # -- other ways through the model --------------------------------------------------------
+
+    def _another_way(self, use: _Use, batch: Batch) -> Region | None:
+        """The way that the model takes for a batch, where it is another one than found so far."""
+        views = np.unique(batch.views)
+        if not batch.loaded or len(views) > 1:
+            return None
+        return self._way_of(use, batch.real(), batch.indices.tolist(), int(views[0]))
+
+    def _way_of(
+        self, use: _Use, example: Example, indices: Sequence[int], view: int
+    ) -> Region | None:
+        """Another recording of the same region, for samples that the model treats otherwise.
+
+        Models of transformers leave out the mask of a batch in which no text is padded. What such
+        a batch stores must be good for all others, so a few of its samples are computed both
+        ways: by themselves, and among others.
+        """
+        if len(use.ways) + use.refused_ways >= _MOST_WAYS or use.source.fixed:
+            return None
+        start = time.perf_counter()
+        way = self._recorded_way(use, example, indices, view)
+        self.report.find_s += time.perf_counter() - start
+        if isinstance(way, str):
+            use.refused_ways += 1
+            self.report.note(f"another way through the model is not cached: {way}")
+            return None
+        use.ways.append(way)
+        use.served = 0  # the next batches are compared with the full forward pass again
+        return way
+
+    def _recorded_way(
+        self, use: _Use, example: Example, indices: Sequence[int], view: int
+    ) -> Region | str:
+        """The way that samples take, by a few of them that take it; or why there is none."""
+        size, why = batch_size(example), "too few samples"
+        # Which samples decide it is not known: a text that is padded may be any of them.
+        for rows in dict.fromkeys((range(min(4, size)), range(max(0, size - 4), size))):
+            try:
+                way = find_region(
+                    self._root, rows_of(example, rows), split=use.split, live=self._trained
+                )
+                return self._unlike(use, way, example, indices, view) or way
+            except FrontierError as error:
+                why = error.found
+        return why
+
+    def _unlike(
+        self, use: _Use, way: Region, example: Example, indices: Sequence[int], view: int
+    ) -> str | None:
+        """Why what one way stores may not be used by the other, in words; None if it may."""
+
+        def described(region: Region) -> Any:
+            slots = {(s.name, s.dtype, len(s.shape)) for s in region.slots}
+            return slots, region.skipped, set(region.tensors), set(region.passed)
+
+        if described(use.region) != described(way):
+            return "other values come out of its frozen part"
+        regions, device = (use.region, *use.ways, way), _device_of(example)
+        whole, size, seen = way.fill(example), len(indices), {id(way)}
+        for place in sorted({0, size // 2, size - 1}):
+            own = {name: value[place] for name, value in whole.items()}
+            # By itself nothing pads it; among the first samples and one of its own batch it may.
+            for company in ([indices[place]], [0, min(1, use.source.samples - 1), indices[-1]]):
+                together = [indices[place], *company]
+                mixed = moved(use.source.load(together, [view] * len(together)), device)
+                for region in regions:
+                    with suppress(ReplayDiverged):
+                        rows = region.fill(mixed)
+                        seen.add(id(region))
+                        for slot in use.columns:
+                            if not close(*_common(own[slot.name], rows[slot.name][0])):
+                                return f"{slot.name!r} gives something else for the same sample"
+                        break
+        return None if len(seen) > 1 else "no sample that was tried takes both ways"
 
     def _write(self, use: _Use, first: int, values: Mapping[str, Tensor]) -> bool:
         arrays = {slot.name: to_numpy(values[slot.name]) for slot in use.columns}
@@ -1171,6 +1308,16 @@ def _near(fresh: Tensor, have: Tensor, share: float) -> bool:
     a, b = fresh.detach().cpu().double(), have.detach().cpu().double()
     largest = float(a.abs().max()) if a.numel() else 0.0
     return bool(((a - b).abs() <= share * largest).all())
+
+
+def _device_of(example: Example) -> torch.device:
+    return next(iter(tensors_of((example.args, dict(example.kwargs))))).device
+
+
+def _common(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """What two rows have in common where one is padded to a greater length."""
+    shape = tuple(slice(min(a, b)) for a, b in zip(one.shape, other.shape, strict=True))
+    return one[shape], other[shape]
 
 
 def _few(example: Example) -> Example:
