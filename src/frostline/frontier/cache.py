@@ -85,6 +85,8 @@ _TURN_BLOCKS = 8
 PATIENCE = 5
 #: Ways through the frozen part that are looked for besides the first.
 _MOST_WAYS = 3
+#: Samples from either end of the data among which some are looked for that take the same way.
+_POOL = 16
 
 
 class ShapesVary(FrontierError):
@@ -762,7 +764,7 @@ class FrontierCache:
         if moved is not None and self._keeps_moving(kind, moved):
             found = self._found[kind] = f"{moved} keeps changing"
         elif found is None or moved is not None:
-            found = self._found[kind] = self._find(state, example, older)
+            found = self._found[kind] = self._find(state, example, older, batch)
         if isinstance(found, str):
             return None
         use = self._opened(found, batch.source, example, older)
@@ -786,9 +788,17 @@ class FrontierCache:
 
     def _sample(self, batch: Batch) -> Example:
         """A few samples to find the region with: the first ones, so that it is always the same."""
-        count = min(4, batch.source.samples)
-        own = batch.source.load(list(range(count)), [int(batch.views.min())] * count)
-        return moved(own, batch.real_device)
+        return self._taken(batch, range(min(4, batch.source.samples)))
+
+    def _taken(self, batch: Batch, indices: Sequence[int]) -> Example:
+        views = [int(batch.views.min())] * len(indices)
+        return moved(batch.source.load(list(indices), views), batch.real_device)
+
+    def _other_samples(self, batch: Batch) -> Iterator[Example]:
+        """Others to find it with, out of the first and the last ones together."""
+        samples = batch.source.samples
+        indices = {*range(min(_POOL, samples)), *range(max(0, samples - _POOL), samples)}
+        yield from _by_padding(self._taken(batch, sorted(indices)))
 
     def _seen_before(self, state: Any, example: Example) -> Region | None:
         """The region of the same plan in other modes, if it is the same in these."""
@@ -799,16 +809,12 @@ class FrontierCache:
                     return region.again(example)
         return None
 
-    def _find(self, state: Any, example: Example, older: _Use | None) -> Region | str:
+    def _find(self, state: Any, example: Example, older: _Use | None, batch: Batch) -> Region | str:
         if older is None and (seen := self._seen_before(state, example)) is not None:
             return seen
+        split = () if older is None else older.region.parts
         try:
-            region = find_region(
-                self._root,
-                example,
-                split=() if older is None else older.region.parts,
-                live=self._trained,
-            )
+            region = self._found_with(example, split, batch)
         except Unsettled as error:
             if state in self._unsettled:  # a full forward pass has been, and it still is
                 return error.found
@@ -828,6 +834,23 @@ class FrontierCache:
             self.report.note(f"not cached: nothing is frozen{': ' + why if why else ''}")
             return "nothing is frozen"
         return region
+
+    def _found_with(self, example: Example, split: Sequence[str], batch: Batch) -> Region:
+        """The region by a few samples.
+
+        Where some of the few are padded and others are not, the model may take different ways for
+        pairs of them: then others are tried.
+        """
+        try:
+            return find_region(self._root, example, split=split, live=self._trained)
+        except Unsettled:
+            raise
+        except FrontierError:
+            if not batch.source.fixed:
+                for other in self._other_samples(batch):
+                    with suppress(FrontierError):
+                        return find_region(self._root, other, split=split, live=self._trained)
+            raise
 
     def _opened(self, region: Region, source: Source, example: Example, older: _Use | None) -> _Use:
         # Tensors of the batch are stored only where batches are not loaded for each step.
@@ -1146,13 +1169,12 @@ class FrontierCache:
         self, use: _Use, example: Example, indices: Sequence[int], view: int
     ) -> Region | str:
         """The way that samples take, by a few of them that take it; or why there is none."""
-        size, why = batch_size(example), "too few samples"
-        # Which samples decide it is not known: a text that is padded may be any of them.
-        for rows in dict.fromkeys((range(min(4, size)), range(max(0, size - 4), size))):
+        why = "too few samples"
+        together = [*range(min(4, use.source.samples)), *indices]
+        pool = use.source.load(together, [view] * len(together))
+        for few in _by_padding(moved(pool, _device_of(example))):
             try:
-                way = find_region(
-                    self._root, rows_of(example, rows), split=use.split, live=self._trained
-                )
+                way = find_region(self._root, few, split=use.split, live=self._trained)
                 return self._unlike(use, way, example, indices, view) or way
             except FrontierError as error:
                 why = error.found
@@ -1308,6 +1330,22 @@ def _near(fresh: Tensor, have: Tensor, share: float) -> bool:
     a, b = fresh.detach().cpu().double(), have.detach().cpu().double()
     largest = float(a.abs().max()) if a.numel() else 0.0
     return bool(((a - b).abs() <= share * largest).all())
+
+
+def _by_padding(example: Example) -> Iterator[Example]:
+    """Four samples of a batch that are padded most, and four that are padded least.
+
+    Padding is told by zeros in whole numbers and truth values, as masks and tokens have them.
+    """
+    size = batch_size(example)
+    zeros = torch.zeros(size)
+    for tensor in tensors_of((example.args, dict(example.kwargs))):
+        counts = not (tensor.is_floating_point() or tensor.is_complex())
+        if counts and tensor.ndim > 1 and len(tensor) == size:
+            zeros += (tensor == 0).flatten(1).sum(1).cpu()
+    order = zeros.argsort(stable=True).tolist()
+    for rows in (order[-4:], order[:4]):
+        yield rows_of(example, rows)
 
 
 def _device_of(example: Example) -> torch.device:
