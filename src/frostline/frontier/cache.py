@@ -85,8 +85,6 @@ _TURN_BLOCKS = 8
 PATIENCE = 5
 #: Ways through the frozen part that are looked for besides the first.
 _MOST_WAYS = 3
-#: Samples from either end of the data among which some are looked for that take the same way.
-_POOL = 16
 
 
 class ShapesVary(FrontierError):
@@ -795,10 +793,8 @@ class FrontierCache:
         return moved(batch.source.load(list(indices), views), batch.real_device)
 
     def _other_samples(self, batch: Batch) -> Iterator[Example]:
-        """Others to find it with, out of the first and the last ones together."""
-        samples = batch.source.samples
-        indices = {*range(min(_POOL, samples)), *range(max(0, samples - _POOL), samples)}
-        yield from _by_padding(self._taken(batch, sorted(indices)))
+        """Others to find it with, out of the first block: of a stream no more is read for it."""
+        yield from _by_padding(self._taken(batch, range(min(BLOCK, batch.source.samples))))
 
     def _seen_before(self, state: Any, example: Example) -> Region | None:
         """The region of the same plan in other modes, if it is the same in these."""
