@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from frostline.errors import DurationError
@@ -38,7 +38,7 @@ class Progress:
     step: int = 0
     total_steps: int | None = None
     steps_per_epoch: int | None = None
-    spent_s: float | None = None
+    spent_s: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "steps_per_epoch"):

@@ -12,7 +12,7 @@ import pytest
 
 from frostline.cli import app
 from frostline.errors import ModelError, StorageError, UsageError
-from report_records import write_study
+from report_records import write_curve, write_study
 
 
 def test_help_lists_every_command(cli):
@@ -49,7 +49,12 @@ def test_light_commands_import_no_framework(arguments):
 
 def test_what_reads_records_alone_imports_no_framework(tmp_path: Path):
     study = write_study(tmp_path / "study", {"full": [0.8, 0.81], "bitfit": [0.8, 0.82]})
-    for command in (["report", study], ["study", study], ["show", study / "runs/full/seed-0"]):
+    curve = write_curve(tmp_path / "curve", {"full": {50: [0.4, 0.5], 100: [0.5, 0.6]}})
+    shown = ["show", study / "runs/full/seed-0"]
+    for command in (
+        *([name, path] for name in ("report", "study") for path in (study, curve)),
+        shown,
+    ):
         assert _imported(command, FRAMEWORKS) == "[]", command
 
 

@@ -287,7 +287,6 @@ def _read_study(path: Path) -> Runs:
     need("scipy", extra="study")
     from frostline.study.analysis import analyse  # noqa: PLC0415
     from frostline.study.folder import StudyFolder, TrialKey  # noqa: PLC0415
-    from frostline.study.learning_curve import read_curve  # noqa: PLC0415
 
     comparison, folder = analyse(path), StudyFolder(path)
     runs, failures = [], {}
@@ -310,7 +309,11 @@ def _read_study(path: Path) -> Runs:
         comparison=comparison,
         diagnosis=_beside(path / DIAGNOSIS_NAME),
         failures=failures,
-        learning=(read_curve(path), read_curve(path, metric="test"))
-        if comparison.spec.is_curve
-        else (),
+        learning=_curves(path) if comparison.spec.is_curve else (),
     )
+
+
+def _curves(path: Path) -> tuple[LearningCurve, ...]:
+    from frostline.study.learning_curve import read_curve  # noqa: PLC0415  scipy is in it
+
+    return read_curve(path), read_curve(path, metric="test")

@@ -34,7 +34,6 @@ from frostline.study.statistics import Paired, paired
 from frostline.tasks.allowance import Budget
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.data import read_data
-from frostline.tasks.order import Batching
 
 __all__ = [
     "SIZES",
@@ -418,6 +417,8 @@ def _declared(
 
 def _length(config: RunConfig, size: int, largest: int) -> dict[str, Any]:
     """Settings with which a run on a subset makes the updates of a run on the largest."""
+    from frostline.tasks.order import Batching  # noqa: PLC0415  torch is in it
+
     steps, most = (
         Batching(n, config.batch_size, config.accumulate).steps_per_epoch for n in (size, largest)
     )
