@@ -9,26 +9,19 @@ import pytest
 import torch
 
 import frostline
+import tiny_task
 from faulty_disk import QuickDisk, use_disk
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.measure import measure_costs
 from frostline.errors import ConfigError
 from frostline.frontier.trial import memory_in_use
+from frostline.groups import LayerGroups
 from frostline.tasks.config import RunConfig, budget_bytes, load_config
 from frostline.tasks.foretell import foretell_limits
 from frostline.tasks.setup import build_policy
-from frostline.tasks.task import load_task
+from frostline.tasks.task import Task, load_task
 
-SETTINGS: dict[str, Any] = {
-    "model": "tiny_task:tiny_model",
-    "data": "tiny_task:tiny_data",
-    "policy": "auto",
-    "epochs": 2,
-    "batch_size": 16,
-    "lr": 0.01,
-    "threads": 1,
-    "device": "cpu",
-}
+SETTINGS: dict[str, Any] = tiny_task.RUN | {"policy": "auto", "epochs": 2, "device": "cpu"}
 CPU = torch.device("cpu")
 TIMES = {"first_epoch_from_s", "epoch_from_s"}
 FULL = "within:policy=(full)"
@@ -42,6 +35,12 @@ def _quick_disk():
 
 def fitted(place: Path, **changed: Any) -> frostline.Run:
     return frostline.fit(**(SETTINGS | changed), output=place / "run", cache_dir=place / "stores")
+
+
+def measured(task: Task) -> LayerGroups:
+    """Its layer groups, with costs as of two samples."""
+    example = task.example(2)
+    return measure_costs(task.model, layer_groups(task.model, example, head=task.head), example)
 
 
 def foretold_of(run: frostline.Run) -> dict[str, Any]:
@@ -96,9 +95,7 @@ def test_a_memory_budget_with_a_policy_that_heeds_none_is_refused(tmp_path: Path
 def test_every_depth_is_foretold_and_the_model_is_left_as_it_was(cache: str) -> None:
     torch.manual_seed(0)
     task = load_task(RunConfig(**SETTINGS, cache=cache))
-    groups = measure_costs(
-        task.model, layer_groups(task.model, task.example(2), head=task.head), task.example(2)
-    )
+    groups = measured(task)
     before = {name: t.clone() for name, t in task.model.state_dict().items()}
     stream = torch.get_rng_state()
     found = foretell_limits(
@@ -129,9 +126,7 @@ def test_steps_that_would_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(module._Found, "plain", noted)
     task = load_task(RunConfig(**SETTINGS))
-    groups = measure_costs(
-        task.model, layer_groups(task.model, task.example(2), head=task.head), task.example(2)
-    )
+    groups = measured(task)
     deepest = next(g.depth for g in groups if g.name in groups.head)
     for most, expected in ((None, [deepest, 0]), (1.0, [deepest])):
         tried.clear()
@@ -159,9 +154,7 @@ def test_where_time_is_short_steps_take_fewer_samples(
 
     monkeypatch.setattr(module, "foretell_steps", seen)
     task = load_task(RunConfig(**SETTINGS))
-    groups = measure_costs(
-        task.model, layer_groups(task.model, task.example(2), head=task.head), task.example(2)
-    )
+    groups = measured(task)
     foretell_limits(task, task.model, groups, CPU, measured_samples=2, times=True, most_s=most_s)
     assert sizes == [samples]
 
@@ -180,9 +173,7 @@ def test_steps_that_the_device_has_no_room_for_leave_those_that_fit(
 
     monkeypatch.setattr(module._Found, "plain", short)
     task = load_task(RunConfig(**SETTINGS))
-    groups = measure_costs(
-        task.model, layer_groups(task.model, task.example(2), head=task.head), task.example(2)
-    )
+    groups = measured(task)
     found = foretell_limits(
         task, task.model, groups, CPU, measured_samples=2, times=True, most_bytes=None
     )

@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -590,12 +591,7 @@ class FrontierCache:
         def replay(region: Region) -> Any:
             return region.run(shown, values, forward=forward, known=True)
 
-        try:
-            return use.by_any(replay)
-        except ReplayDiverged:
-            if (way := self._another_way(use, batch)) is None:
-                raise
-            return replay(way)
+        return self._on_a_way(use, replay, partial(self._another_way, use, batch))
 
     def _due(self, use: _Use) -> bool:
         if use.served < CHECKED_FIRST:
@@ -792,10 +788,6 @@ class FrontierCache:
         views = [int(batch.views.min())] * len(indices)
         return moved(batch.source.load(list(indices), views), batch.real_device)
 
-    def _other_samples(self, batch: Batch) -> Iterator[Example]:
-        """Others to find it with, out of the first block: of a stream no more is read for it."""
-        yield from _by_padding(self._taken(batch, range(min(BLOCK, batch.source.samples))))
-
     def _seen_before(self, state: Any, example: Example) -> Region | None:
         """The region of the same plan in other modes, if it is the same in these."""
         wanted = (state[1], *state[3:]), _built(example)
@@ -843,7 +835,9 @@ class FrontierCache:
             raise
         except FrontierError:
             if not batch.source.fixed:
-                for other in self._other_samples(batch):
+                # Of the first block: of a stream no more is read for it.
+                block = self._taken(batch, range(min(BLOCK, batch.source.samples)))
+                for other in _by_padding(block):
                     with suppress(FrontierError):
                         return find_region(self._root, other, split=split, live=self._trained)
             raise
@@ -1040,12 +1034,7 @@ class FrontierCache:
                 s.name: region.row_shape(slots[s.name], real)[0] for s in use.columns if s.shape
             }
 
-        try:
-            return use.by_any(lengths)
-        except ReplayDiverged:
-            if (way := self._another_way(use, batch)) is None:
-                raise
-            return lengths(way)
+        return self._on_a_way(use, lengths, partial(self._another_way, use, batch))
 
     def _patch(
         self, use: _Use, batch: Batch, found: dict[str, Tensor], missing: NDArray[np.bool_]
@@ -1121,16 +1110,26 @@ class FrontierCache:
             return use.region.fill_many(examples)
         filled: list[dict[str, Tensor]] = []
         for example, first in zip(examples, firsts, strict=True):
-            try:
-                filled.append(use.by_any(lambda way, e=example: way.fill(e)))
-            except ReplayDiverged:
-                rows = range(first, first + batch_size(example))
-                if (way := self._way_of(use, example, list(rows), view)) is None:
-                    raise
-                filled.append(way.fill(example))
+            rows = range(first, first + batch_size(example))
+            find = partial(self._way_of, use, example, rows, view)
+            filled.append(self._on_a_way(use, lambda way, e=example: way.fill(e), find))
         return filled
 
     # -- other ways through the model --------------------------------------------------------
+
+    @staticmethod
+    def _on_a_way(use: _Use, action: Callable[[Region], T], find: Callable[[], Region | None]) -> T:
+        """What an action gives on a way that is known, or on one that has to be found first.
+
+        Raises:
+            ReplayDiverged: there is none.
+        """
+        try:
+            return use.by_any(action)
+        except ReplayDiverged:
+            if (way := find()) is None:
+                raise
+            return action(way)
 
     def _another_way(self, use: _Use, batch: Batch) -> Region | None:
         """The way that the model takes for a batch, where it is another one than found so far."""

@@ -8,7 +8,6 @@ candidates are ranked by one of the scores. Validation and test samples are not 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,7 @@ from frostline.backends.torch.example import Example
 from frostline.backends.torch.grouping import layer_groups
 from frostline.backends.torch.measure import measure_costs
 from frostline.errors import ConfigError, DataError, FrostlineError, ModelError, UsageError, few
-from frostline.frontier.foretell import Workload, foretell_epochs, foretell_steps
+from frostline.frontier.foretell import foretell_epochs, foretell_steps
 from frostline.frontier.trial import Recipe
 from frostline.groups import LayerGroups
 from frostline.study.transferability import (
@@ -40,6 +39,7 @@ from frostline.study.transferability import (
 from frostline.tasks import hub
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.features import Features, collect_features
+from frostline.tasks.foretell import workload_of
 from frostline.tasks.order import derive_seed
 from frostline.tasks.resources import borrowed_process, pick_device
 from frostline.tasks.setup import build_optimizer, mixed_precision
@@ -556,16 +556,7 @@ class _Look:
         # Both ends are tried, so costs of groups matter to no figure: two samples are enough.
         groups = measure_costs(model, self.groups, self._example(picked[:2]), repeats=1)
         steps = foretell_steps(model, groups, batch, recipe, anchors=2, times=2)
-        work = Workload(
-            samples=len(task.train),
-            val_samples=len(task.val),
-            load_s=load_s,
-            val_load_s=load_s,
-            workers=config.workers,
-            cores=os.cpu_count() or 1,
-            epochs=config.epochs,
-        )
-        epochs = foretell_epochs(steps, work)
+        epochs = foretell_epochs(steps, workload_of(task, load_s, load_s))
         full, probing = epochs[0], epochs[-1]
         return Costs(
             batch_size=size,

@@ -60,6 +60,11 @@ class Budget:
             )
         return cls(amount, unit)
 
+    @property
+    def seconds(self) -> float | None:
+        """The most seconds, where it is a time."""
+        return self.amount if self.unit == "s" else None
+
     def __str__(self) -> str:
         return f"{self.amount:.9g}{self.unit}"
 

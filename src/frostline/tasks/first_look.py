@@ -26,7 +26,7 @@ from frostline.tasks.task import Split, Task
 if TYPE_CHECKING:
     from frostline.tasks.probes import ProbeCurve
 
-__all__ = ["FirstLook", "first_look", "measured_signals", "samples_within", "wanted"]
+__all__ = ["FirstLook", "first_look", "foretold", "measured_signals", "samples_within", "wanted"]
 
 _PROBES = ("probe_accuracy", "probe_behind")
 #: Most training samples that are looked at; with more, probes and heads hardly change any more.
@@ -65,6 +65,18 @@ def wanted(config: RunConfig, policy: Policy) -> tuple[bool, bool]:
     """
     probes = any(need.signal in _PROBES for need in policy.needs())
     return probes, (probes if config.head_start is None else config.head_start == "solved")
+
+
+def foretold(policy: Policy) -> tuple[bool, bool]:
+    """Whether a policy keeps to a time, and whether to a memory.
+
+    Example:
+        >>> from frostline.registry import make_policy
+        >>> foretold(make_policy("auto:run_s=60")), foretold(make_policy("auto"))
+        ((True, False), (False, False))
+    """
+    needs = {need.signal for need in policy.needs()}
+    return "epoch_from_s" in needs, "peak_from_bytes" in needs
 
 
 def first_look(

@@ -43,7 +43,7 @@ from frostline.tasks.resources import borrowed_process, pick_device
 from frostline.tasks.setup import build_optimizer, mixed_precision
 from frostline.tasks.task import Batch, Split, Task, load_task
 
-__all__ = ["Forecast", "Outlook", "foretell_limits", "foretell_task"]
+__all__ = ["Forecast", "Outlook", "foretell_limits", "foretell_task", "workload_of"]
 
 #: Batches that are prepared to learn what a sample takes.
 BATCHES = 4
@@ -118,7 +118,7 @@ def foretell_task(
         steps = foretell_steps(
             model, groups, example, _recipe(task, inputs, device), progress=progress
         )
-        work = _workload(task, load_s, val_load_s, views=views, saves=True)
+        work = workload_of(task, load_s, val_load_s, views=views, saves=True)
     spent = time.perf_counter() - started
     return Forecast(task.config, steps.groups, steps, work, foretell_epochs(steps, work), spent)
 
@@ -191,7 +191,7 @@ def foretell_limits(
         most_bytes=None if most_bytes is None else most_bytes - (before or 0) + weights,
     )
     after = memory_in_use(device)
-    work = _workload(task, load_s, val_load_s, views=config.views or 1, saves=times)
+    work = workload_of(task, load_s, val_load_s, views=config.views or 1, saves=times)
     signals: dict[str, dict[str, float]] = {}
     for epoch in foretell_epochs(steps, work):
         first = later = epoch.epoch_s
@@ -211,7 +211,9 @@ def foretell_limits(
     return Outlook(signals, time.perf_counter() - started, peak)
 
 
-def _workload(task: Task, load_s: float, val_load_s: float, *, views: int, saves: bool) -> Workload:
+def workload_of(
+    task: Task, load_s: float, val_load_s: float, *, views: int = 1, saves: bool = False
+) -> Workload:
     """What an epoch of a task consists of, besides steps; saving is measured where it is wanted."""
     config = task.config
     return Workload(

@@ -31,6 +31,7 @@ from frostline.savings import Savings, Update
 from frostline.tasks.allowance import Allowance
 from frostline.tasks.caching import RunCache
 from frostline.tasks.config import RunConfig
+from frostline.tasks.first_look import foretold
 from frostline.tasks.order import Batching, epoch_order, seed_update, views_of
 from frostline.tasks.resources import Interrupt
 from frostline.tasks.task import Batch, Split, Task
@@ -205,7 +206,9 @@ class TrainingLoop:
         if (allowance := self.parts.allowance) is not None:
             allowance.seconds = lambda: self.state.spent_s
             allowance.operations = lambda: self.state.spent_flop
-        self.parts.driver.clock = lambda: self.state.spent_s
+        times, _ = foretold(self.parts.driver.policy)
+        if times:  # the clock is asked before each update
+            self.parts.driver.clock = lambda: self.state.spent_s
         weights = self.task.class_weights()
         self._weights = None if weights is None else weights.to(self.parts.device)
 

@@ -34,7 +34,13 @@ from frostline.policies.phases import ends_its_phase
 from frostline.policy import Decision
 from frostline.records import RunRecorder, read_run, write_certificate
 from frostline.tasks.config import RunConfig, budget_bytes, dump_config
-from frostline.tasks.first_look import first_look, measured_signals, samples_within, wanted
+from frostline.tasks.first_look import (
+    first_look,
+    foretold,
+    measured_signals,
+    samples_within,
+    wanted,
+)
 from frostline.tasks.folder import RunFolder, asked_settings
 from frostline.tasks.foretell import Outlook, foretell_limits
 from frostline.tasks.loop import Listener, LoopState, TrainingLoop
@@ -202,8 +208,7 @@ class Session:
     def _outlook(self) -> Outlook | None:
         """What the run has to expect at every depth, where its policy keeps to limits."""
         parts, config = self.prepared.parts, self.prepared.task.config
-        needs = {need.signal for need in parts.driver.policy.needs()}
-        times, memory = "epoch_from_s" in needs, "peak_from_bytes" in needs
+        times, memory = foretold(parts.driver.policy)
         if not (times or memory):
             return None
         self.meter.keep()  # foretelling starts the measuring of memory afresh
@@ -231,7 +236,8 @@ class Session:
         """Seconds that are this share of the run's time budget; None where it has none."""
         allowance = self.prepared.parts.allowance
         budget = None if allowance is None else allowance.budget
-        return None if budget is None or budget.unit != "s" else share * budget.amount
+        seconds = None if budget is None else budget.seconds
+        return None if seconds is None else share * seconds
 
     def _announce(self, *, resumed: bool) -> None:
         step, driver = self.loop.state.step, self.prepared.parts.driver

@@ -132,7 +132,7 @@ def _limited(policy: Policy, config: RunConfig) -> Policy:
     """The policy with the limits of the settings, where it is one that keeps to some."""
     most_bytes = budget_bytes(config)
     budget = None if config.budget is None else Budget.parse(config.budget)
-    run_s = budget.amount if budget is not None and budget.unit == "s" else None
+    run_s = None if budget is None else budget.seconds
     if isinstance(policy, (Auto, Within)):
         # What is said of the policy itself counts.
         run_s = policy.run_s if policy.run_s is not None else run_s
