@@ -65,9 +65,10 @@ class Rows:
         self._region, self._inputs, self._folder = region, inputs, folder
         self._store: Store | None = None
 
-    def _filled(self, first: int) -> dict[str, NDArray[Any]]:
-        filled = self._region.fill(Example((self._inputs[first : first + BLOCK_ROWS],)))
-        return {name: value.numpy() for name, value in filled.items()}
+    def _filled(self, firsts: list[int]) -> list[dict[str, NDArray[Any]]]:
+        blocks = [Example((self._inputs[first : first + BLOCK_ROWS],)) for first in firsts]
+        filled = self._region.fill_many(blocks)
+        return [{name: value.numpy() for name, value in rows.items()} for rows in filled]
 
     def _opened(self, block: dict[str, NDArray[Any]]) -> Store:
         columns = [Column(name, str(value.dtype)) for name, value in block.items()]
@@ -77,10 +78,10 @@ class Rows:
         """The rows of these samples."""
         wanted = indices.numpy()
         there = np.zeros(len(wanted), bool) if self._store is None else self._store.present(wanted)
-        for block in np.unique(wanted[~there] // BLOCK_ROWS).tolist():
-            values = self._filled(block * BLOCK_ROWS)
+        firsts = (np.unique(wanted[~there] // BLOCK_ROWS) * BLOCK_ROWS).tolist()
+        for first, values in zip(firsts, self._filled(firsts) if firsts else (), strict=True):
             self._store = self._store or self._opened(values)
-            assert self._store.write(block * BLOCK_ROWS, values)
+            assert self._store.write(first, values)
         assert self._store is not None
         read, good = self._store.read(wanted)
         assert good.all(), "damaged rows"
