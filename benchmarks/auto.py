@@ -77,6 +77,12 @@ SIZES: Mapping[str, Size] = {
     "trec6-minilm": Size(4, {"train_samples": 600}),
     "sst2-minilm": Size(4, {"train_samples": 600}),
     "banking77-minilm": Size(4, {"train_samples": 770}),
+    "caltech20-resnet32": Size(6),
+    "caltech20-squeezenet": Size(6, {"image_size": 64, "train_samples": 400}),
+    "caltech20-lite0": Size(6, {"image_size": 64, "train_samples": 400}),
+    "flowers5-resnet20": Size(10),
+    "flowers5-resnet56": Size(6),
+    "spoken-resnet20": Size(10),
 }
 
 

@@ -37,6 +37,7 @@ from frostline.backends.torch.measure import measure_costs
 from frostline.cost import predicted_step_s
 from frostline.frontier.cache import moved
 from frostline.groups import LayerGroups
+from frostline.memory import keeping_freed
 from frostline.plan import FreezePlan
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.task import load_task
@@ -543,12 +544,13 @@ def main() -> None:
         np.seterr(all="raise", under="ignore")
         more = {"clock": chosen.clock, "threads": chosen.threads}
         made = jobs_of(chosen.device, scratch, quick=chosen.quick)
-        gather(
-            "frontier_runs",
-            chosen,
-            {n: (lambda j=j: measure(j, chosen.rounds, **more)) for n, j in made.items()},
-            table,
-        )
+        with keeping_freed():  # as `fit` does, for what is measured around it and for sound
+            gather(
+                "frontier_runs",
+                chosen,
+                {n: (lambda j=j: measure(j, chosen.rounds, **more)) for n, j in made.items()},
+                table,
+            )
     finally:
         shutil.rmtree(scratch)
 

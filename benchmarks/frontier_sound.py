@@ -151,8 +151,7 @@ class SoundRun:
         """Train, evaluate and test; `note` is told of start, epochs and end."""
         note("start")
         step, losses, accuracy = 0, list[float](), 0.0
-        trained = self._rows("train")
-        validated = self._rows("val", trained)
+        trained = validated = self._rows("train")
         for epoch in range(self.epochs):
             self.cut.freeze(self.model)
             order = torch.tensor(epoch_order(self.seed, epoch, len(self.train[1])))
@@ -162,6 +161,8 @@ class SoundRun:
                 total += self._update(picked, trained) * len(picked)
                 step += 1
             losses.append(total / len(order))
+            if epoch == 0:
+                validated = self._rows("val", trained)
             accuracy = self._accuracy(self.val, validated)
             note("epoch")
         disk = sum(rows[1].bytes_on_disk for rows in (trained, validated) if rows)

@@ -26,7 +26,7 @@ class Pair:
     Attributes:
         title: for people.
         model: as `fit` takes it.
-        data: folder of the data.
+        data: folder of the data, or a function that makes it.
         groups: layer groups of the backbone.
         settings: of the runs, besides.
         held_out: kept out of sight while rules were designed, and reported apart.
@@ -34,7 +34,7 @@ class Pair:
 
     title: str
     model: str
-    data: Path
+    data: Path | str
     groups: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     held_out: bool = False
@@ -48,6 +48,11 @@ def cifar_resnet(depth: int, num_classes: int) -> nn.Module:
 def resnet20(num_classes: int) -> nn.Module:
     """As named, for `fit`."""
     return cifar_resnet(20, num_classes)
+
+
+def resnet32(num_classes: int) -> nn.Module:
+    """As named, for `fit`."""
+    return cifar_resnet(32, num_classes)
 
 
 def resnet56(num_classes: int) -> nn.Module:
@@ -126,5 +131,29 @@ def pairs(scratch: Path) -> dict[str, Pair]:
         "banking77-minilm": Pair(
             "banking77, MiniLM", text, data["banking77"], 7, short,
             held_out=True,
+        ),
+        "caltech20-resnet32": Pair(
+            "caltech20, ResNet-32", "pairs:resnet32", data["caltech20_32"], 16, resnet(32),
+            held_out=True,
+        ),
+        "caltech20-squeezenet": Pair(
+            "caltech20 at 64 px, SqueezeNet", "frontier_models:squeezenet", data["caltech20_32"],
+            9, {"head_lr": 1e-3, "lr": 1e-4}, held_out=True,
+        ),
+        "caltech20-lite0": Pair(
+            "caltech20 at 64 px, EfficientNet-lite0", "timm:tf_efficientnet_lite0",
+            data["caltech20_32"], 18, lite0, held_out=True,
+        ),
+        "flowers5-resnet20": Pair(
+            "flowers5 at 32 px, ResNet-20", "pairs:resnet20", data["flowers5"], 10, resnet(20),
+            held_out=True,
+        ),
+        "flowers5-resnet56": Pair(
+            "flowers5 at 32 px, ResNet-56", "pairs:resnet56", data["flowers5"], 28, resnet(56),
+            held_out=True,
+        ),
+        "spoken-resnet20": Pair(
+            "spoken digits as pictures, ResNet-20", "pairs:resnet20", "far_data:spoken_digits",
+            10, {**resnet(20), "augment": "none", "views": 1}, held_out=True,
         ),
     }  # fmt: skip

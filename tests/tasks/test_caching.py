@@ -20,7 +20,7 @@ from faulty_disk import QuickDisk, use_disk
 from frostline.backends.torch.checkpoint import checkpoint_folders
 from frostline.errors import ConfigError, DataError
 from frostline.frontier.cache import BLOCK
-from frostline.tasks import image
+from frostline.tasks import caching, image
 from frostline.tasks.caching import SplitSource, build_cache
 from frostline.tasks.config import load_config
 from frostline.tasks.image import ImagePreparation
@@ -488,6 +488,18 @@ def loading() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("frostline-load")]
 
 
+def processors(monkeypatch: pytest.MonkeyPatch, *, spare: int) -> None:
+    """As many as there are threads of arithmetic, and some more."""
+    mine = range(torch.get_num_threads() + spare)
+    monkeypatch.setattr(caching.os, "sched_getaffinity", lambda _: mine, raising=False)
+
+
+@pytest.fixture
+def spare_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    processors(monkeypatch, spare=1)
+
+
+@pytest.mark.usefixtures("spare_processor")
 @pytest.mark.parametrize("augment", ["none", "flip"])
 def test_the_next_pictures_are_prepared_beside_the_computing(augment: str, monkeypatch):
     source = source_of(quiet(load(augment=augment)))
@@ -499,6 +511,15 @@ def test_the_next_pictures_are_prepared_beside_the_computing(augment: str, monke
     assert not loading()
 
 
+@pytest.mark.parametrize("spare", [0, -1])
+def test_pictures_are_not_prepared_on_a_processor_that_computes(spare: int, monkeypatch):
+    processors(monkeypatch, spare=spare)
+    seen = threads_of(monkeypatch)
+    assert len(list(source_of(quiet(load(augment="none"))).blocks([0, BLOCK], 0))) == 2
+    assert set(seen) == {"MainThread"}
+
+
+@pytest.mark.usefixtures("spare_processor")
 @pytest.mark.parametrize(
     "task", [lambda: quiet(load(augment="basic")), lambda: load(augment="none")]
 )
@@ -508,6 +529,7 @@ def test_what_may_draw_at_random_is_prepared_by_the_main_thread(task: Any, monke
     assert set(seen) == {"MainThread"}
 
 
+@pytest.mark.usefixtures("spare_processor")
 def test_a_picture_that_cannot_be_read_ahead_is_told_where_it_is_wanted(monkeypatch):
     source = source_of(quiet(load(augment="none")))
     threads_of(monkeypatch, fail_at=BLOCK + 1)
@@ -518,6 +540,7 @@ def test_a_picture_that_cannot_be_read_ahead_is_told_where_it_is_wanted(monkeypa
     assert not loading()
 
 
+@pytest.mark.usefixtures("spare_processor")
 def test_reading_ahead_ends_when_nobody_wants_more(monkeypatch):
     source = source_of(quiet(load(augment="none")))
     blocks = source.blocks([0, BLOCK, 0, BLOCK, 0, BLOCK] * 3, 0)

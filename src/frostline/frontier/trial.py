@@ -9,7 +9,6 @@ weights is held.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +33,7 @@ from frostline.backends.torch.tracing import (
 from frostline.errors import FrontierError
 from frostline.frontier.arrays import wait_for
 from frostline.groups import LayerGroups
+from frostline.memory import give_back_freed
 from frostline.plan import FreezePlan
 
 __all__ = ["BRIEFLY_S", "LEAST_S", "Recipe", "Rehearsal", "any_loss", "memory_in_use", "rehearsal"]
@@ -256,7 +256,7 @@ class PeakGrowth:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        _give_back_freed_memory()
+        give_back_freed()
         Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int | None:
@@ -279,7 +279,7 @@ def memory_in_use(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    _give_back_freed_memory()
+    give_back_freed()
     with contextlib.suppress(OSError, KeyError):
         return _own_status()["VmRSS"]
     return None
@@ -289,9 +289,3 @@ def _own_status() -> Mapping[str, int]:
     """The lines of the kernel's account of this process that are sizes, in bytes."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {w[0].rstrip(":"): 1024 * int(w[1]) for w in lines if w[-1:] == ["kB"]}
-
-
-def _give_back_freed_memory() -> None:
-    """Ask the C library to return what was freed, or it would hide what is used next."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)

@@ -7,6 +7,7 @@ run. Which views a sample is seen in, and in which order, is the same with and w
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ from frostline.frontier.identity import fingerprint
 from frostline.frontier.library import Library
 from frostline.frontier.structure import tensors_of
 from frostline.tasks.image import ImagePreparation
+from frostline.tasks.resources import pick_device
 from frostline.tasks.task import Batch, Split, Task
 from frostline.tasks.text import PresetPreparation, TextPreparation
 
@@ -83,7 +85,8 @@ class SplitSource:
         spans = [range(first, min(first + BLOCK, self.samples)) for first in firsts]
         if not self._task.config.workers:
             load = lambda span: self.load(span, [view] * len(span))  # noqa: E731
-            found = _ahead(load, spans) if self._repeats else map(load, spans)
+            ahead = self._repeats and _spare_processor(self._task.config.device)
+            found = _ahead(load, spans) if ahead else map(load, spans)
             yield from zip(firsts, found, strict=True)
             return
         seen = view if self._augmented else None
@@ -112,6 +115,17 @@ class SplitSource:
         if index not in self._kept and len(self._kept) < _KEPT_SAMPLES:
             self._kept[index] = self._split[key]
         return self._kept[index] if index in self._kept else self._split[key]
+
+
+def _spare_processor(device: str) -> bool:
+    """Whether a thread can prepare samples without taking a processor from the arithmetic.
+
+    Threads of arithmetic wait for each other at every step: one that is held up holds up all.
+    """
+    if pick_device(device).type != "cpu":
+        return True
+    mine = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return torch.get_num_threads() < (len(mine(0)) if mine else os.cpu_count() or 1)
 
 
 def _ahead(load: Callable[[range], Example], spans: Sequence[range]) -> Iterator[Example]:

@@ -14,7 +14,7 @@ import torch
 
 from frostline.backends.torch.random_state import read_random_state, write_random_state
 from frostline.errors import ConfigError
-from frostline.memory import ResidentPeak
+from frostline.memory import ResidentPeak, keeping_freed
 
 __all__ = ["Interrupt", "PeakMemory", "borrowed_process", "pick_device"]
 
@@ -46,12 +46,13 @@ def pick_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def borrowed_process(threads: int | None) -> Iterator[None]:
-    """Run with this many threads; afterwards random streams and threads are as before."""
+    """Run with this many threads, keeping freed memory; afterwards all is as before."""
     before, states = torch.get_num_threads(), read_random_state()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        yield
+        with keeping_freed():
+            yield
     finally:
         torch.set_num_threads(before)
         write_random_state(states)
