@@ -1,16 +1,17 @@
-"""Memory of this process: the most it used, and what becomes of what it frees."""
+"""Memory of this process: the most it used, what becomes of what it frees, and its collector."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["ResidentPeak", "give_back_freed", "keeping_freed"]
+__all__ = ["ResidentPeak", "give_back_freed", "keeping_freed", "leaving_old_objects"]
 
 #: Of the GNU C library's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -109,3 +110,29 @@ def _mallopt() -> Callable[[int, int], int] | None:
         return libc.mallopt if hasattr(libc, "gnu_get_libc_version") else None
     except (OSError, TypeError):  # Windows
         return None
+
+
+@contextlib.contextmanager
+def leaving_old_objects() -> Iterator[None]:
+    """Inside, Python's collector of cycles looks only at objects that are made inside.
+
+    With a framework imported there are some millions of others, and going through them takes a
+    third of a second, at moments that nobody chose: often enough while something is measured. At
+    the end what was made inside is collected, so that nothing waits there for the next run.
+
+    Nothing is changed where the collector is off, or was told already which objects to leave.
+
+    Example:
+        >>> with leaving_old_objects():
+        ...     gc.get_freeze_count() > 0
+        True
+    """
+    if not gc.isenabled() or gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()

@@ -85,3 +85,47 @@ def test_freed_memory_is_kept_and_then_given_back():
 def test_what_the_user_chose_is_not_changed(environment: dict[str, str]):
     _, kept, *_ = told(**environment)
     assert kept == 0
+
+
+COLLECTOR = """
+import gc
+from frostline.memory import leaving_old_objects
+
+class Cycle:
+    alive = 0
+    def __init__(self):
+        self.me = self
+        Cycle.alive += 1
+    def __del__(self):
+        Cycle.alive -= 1
+
+def main():
+    gc.collect()
+    Cycle()
+    before = len(gc.get_objects())
+    with leaving_old_objects():
+        print(int(len(gc.get_objects()) < before / 10))
+        gc.collect()
+        print(Cycle.alive)
+        Cycle()
+        with leaving_old_objects():
+            pass
+        print(gc.get_freeze_count() > 0)
+    print(Cycle.alive, gc.get_freeze_count())
+    gc.collect()
+    print(Cycle.alive)
+    gc.disable()
+    with leaving_old_objects():
+        print(gc.get_freeze_count())
+
+main()
+"""
+
+
+def test_the_collector_leaves_what_was_there_and_collects_what_came():
+    found = subprocess.run(
+        [sys.executable, "-c", COLLECTOR], capture_output=True, text=True, check=True
+    )
+    # Few objects are looked at; what was there waits, also through a block inside this one; what
+    # came is collected at the end, and all is as before.
+    assert found.stdout.split() == ["1", "1", "True", "1", "0", "0", "0"]

@@ -14,7 +14,7 @@ import torch
 
 from frostline.backends.torch.random_state import read_random_state, write_random_state
 from frostline.errors import ConfigError
-from frostline.memory import ResidentPeak, keeping_freed
+from frostline.memory import ResidentPeak, keeping_freed, leaving_old_objects
 
 __all__ = ["Interrupt", "PeakMemory", "borrowed_process", "pick_device"]
 
@@ -46,12 +46,12 @@ def pick_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def borrowed_process(threads: int | None) -> Iterator[None]:
-    """Run with this many threads, keeping freed memory; afterwards all is as before."""
+    """With this many threads, and no pauses of allocator and collector; then all is as before."""
     before, states = torch.get_num_threads(), read_random_state()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        with keeping_freed():
+        with keeping_freed(), leaving_old_objects():
             yield
     finally:
         torch.set_num_threads(before)
