@@ -37,7 +37,7 @@ from frostline.backends.torch.measure import measure_costs
 from frostline.cost import predicted_step_s
 from frostline.frontier.cache import moved
 from frostline.groups import LayerGroups
-from frostline.memory import keeping_freed
+from frostline.memory import keeping_freed, leaving_old_objects
 from frostline.plan import FreezePlan
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.task import load_task
@@ -244,7 +244,8 @@ def run(job: Job, cache: str, seed: int, *, clock: str, threads: int) -> dict[st
                 seed=seed,
                 store=Path(place) / "store" if cache == "on" else None,
             )
-            found = sound.result(stamps.note)
+            with leaving_old_objects():  # as `fit` does
+                found = sound.result(stamps.note)
     return {
         "cache": cache,
         "seed": seed,
