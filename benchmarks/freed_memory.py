@@ -56,9 +56,8 @@ def one(pair: str, policy: str, threads: str, place: str) -> None:
             chosen.model, chosen.data, policy, output=Path(folder) / "run", cache="off",
             checkpoint_every=None, on_event=note, **settings,
         )  # fmt: skip
-    print(
-        json.dumps({"epoch_s": ends[-1] - ends[-2], "peak_bytes": run.summary["peak_memory_bytes"]})
-    )
+        peak_bytes = run.summary["peak_memory_bytes"]
+    print(json.dumps({"epoch_s": ends[-1] - ends[-2], "peak_bytes": peak_bytes}))
 
 
 def measure(pair: str, policy: str, rounds: int, threads: int, place: str) -> dict[str, Any]:
