@@ -66,6 +66,7 @@ from frostline.frontier.region import find_region
 from frostline.frontier.store import Column, Store
 from frostline.frontier.trial import Recipe
 from frostline.groups import LayerGroups
+from frostline.memory import keeping_freed, leaving_old_objects
 from frostline.plan import FreezePlan
 from frostline.tasks.config import RunConfig, load_config
 from frostline.tasks.foretell import foretell_task
@@ -573,9 +574,9 @@ def conditions(m: Mapping[str, Any]) -> str:
             f"{made_by('foretell', m)}"
         )
     return (
-        f"torch {m['torch']}, {m['threads']} thread of {m['cores']} cores ({m['processor']}), "
-        f"{m['clock']} time, batch {BATCH}, AdamW, gradient norm clipped at 1, float32. The "
-        f"machine was shared with other work while this ran. {made_by('foretell', m)}"
+        f"torch {m['torch']}, {m['threads']} thread(s) of {m['cores']} cores ({m['processor']}), "
+        f"{m['clock']} time, load when started {m['load_1min']}, batch {BATCH}, AdamW, gradient "
+        f"norm clipped at 1, float32. {made_by('foretell', m)}"
     )
 
 
@@ -633,6 +634,14 @@ def model_lines(
     return lines
 
 
+def of_one(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What a process of its own is for."""
+    if name := chosen.foretell:
+        return foretell(name) if name in CASES else foretell_epochs_of(name, chosen)
+    name, depth = chosen.measure[0], int(chosen.measure[1])
+    return measure(name, depth) if name in CASES else measure_epochs(name, depth, chosen)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=(*CASES, *TASKS))
@@ -649,13 +658,9 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     if chosen.clock == "cpu":
         time.perf_counter = time.process_time  # everywhere, also where groups are measured
-    if name := chosen.foretell:
-        print(json.dumps(foretell(name) if name in CASES else foretell_epochs_of(name, chosen)))
-        return
-    if chosen.measure:
-        name, depth = chosen.measure[0], int(chosen.measure[1])
-        found = measure(name, depth) if name in CASES else measure_epochs(name, depth, chosen)
-        print(json.dumps(found))
+    if chosen.foretell or chosen.measure:
+        with keeping_freed(), leaving_old_objects():  # as `fit` does
+            print(json.dumps(of_one(chosen)))
         return
     log = read("foretell", chosen.device) if chosen.report else fill_log(chosen)
     text = table(log)
