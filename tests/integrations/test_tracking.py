@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -232,6 +234,40 @@ def test_a_process_that_dies_harms_nobody_and_is_said_once(tmp_path, monkeypatch
         told.close("finished")
     (record,) = caplog.records
     assert "ended by itself" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("raise SystemExit(3)", "ended by itself, code 3"),
+        ("import os, time; os.close(0); time.sleep(600)", "was ended"),
+    ],
+)
+def test_a_process_that_never_listened_is_not_left_behind(
+    tmp_path, monkeypatch, caplog, code, found
+):
+    class Late(subprocess.Popen):
+        """Known to whoever started it when it listens no more."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            while True:
+                try:
+                    os.write(self.stdin.fileno(), b"\n")
+                except BrokenPipeError:
+                    return
+                time.sleep(0.02)
+
+    started: list[subprocess.Popen] = []
+    monkeypatch.setattr(tracking.subprocess, "Popen", Late)
+    with caplog.at_level(logging.WARNING):
+        _apart(tmp_path, monkeypatch, code).close("finished")
+    (process,), (record,) = started, caplog.records
+    assert process.returncode is not None
+    assert process.stdin.closed
+    assert process.stdout.closed
+    assert found in record.getMessage()
 
 
 def test_one_that_hangs_delays_nothing_and_is_ended_in_the_end(tmp_path, monkeypatch, caplog):

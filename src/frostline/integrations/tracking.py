@@ -304,6 +304,7 @@ def _started(about: About, names: Sequence[str]) -> subprocess.Popen[str]:
         "settings": finite_json(dict(about.settings)),
         "step": about.step,
     }
+    process: subprocess.Popen[str] | None = None
     try:
         about.folder.mkdir(parents=True, exist_ok=True)
         with (about.folder / "log.txt").open("ab") as log:
@@ -321,9 +322,23 @@ def _started(about: About, names: Sequence[str]) -> subprocess.Popen[str]:
         given.write(json.dumps(first) + "\n")
         given.flush()
     except OSError as error:
-        _say_failed(", ".join(names), str(error))
+        found = str(error) if process is None else _ended(process)
+        _say_failed(", ".join(names), found)
         raise _NotStarted from error
     return process
+
+
+def _ended(process: subprocess.Popen[str]) -> str:
+    """What became of a process that does not listen; nothing of it is left."""
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):  # what it was not told cannot be told any more
+            cast("Any", pipe).close()
+    try:
+        return f"their process ended by itself, code {process.wait(1.0)}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return "their process does not listen, and was ended"
 
 
 @dataclass(slots=True)
