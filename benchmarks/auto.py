@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,9 @@ from frostline._version import __version__
 from frostline.study.analysis import ArmFigures, analyse
 
 LOG, TABLE = RESULTS / "auto.json", RESULTS / "auto.md"
+#: The page of the policy, which shows the gist.
+PAGE = Path(__file__).parents[1] / "docs/policies/auto.md"
+_GIST = re.compile("(<!-- pairs -->\n).*?(<!-- /pairs -->)", re.DOTALL)
 POLICIES = ("full", "linear-probe", "gradual:until=50%", "lp-ft", "autofreeze")
 #: Strategies of one comparison whose cost is held against full fine-tuning.
 EIGHT = 8
@@ -242,6 +246,28 @@ def _row(found: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def gist(log: Mapping[str, Any]) -> str:
+    """What the policy's page shows of it."""
+    lines = [
+        "| | `auto` | best of the sweep, in hindsight | difference | full | time, of full |",
+        "|---|---|---|---|---|---|",
+    ]
+    done = [found for found in log.values() if "auto" in found["arms"]]
+    for found in sorted(done, key=lambda found: found["held_out"]):
+        arms: Arms = found["arms"]
+        of = outcome(arms)
+        cells = [
+            found["title"] + (" (held out)" if found["held_out"] else ""),
+            f"{100 * mean(arms, 'auto', 'test_accuracy'):.1f}",
+            f"{100 * mean(arms, of.best, 'test_accuracy'):.1f} (`{of.best}`)",
+            f"{100 * of.gap:+.1f} ± {100 * of.wide:.1f}",
+            f"{100 * mean(arms, 'full', 'test_accuracy'):.1f}",
+            f"{middle_s(arms, 'auto') / middle_s(arms, 'full'):.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_verdict(log), ""])
+
+
 def _verdict(log: Mapping[str, Any]) -> list[str]:
     done = [found for found in log.values() if "auto" in found["arms"]]
     if not done:
@@ -319,6 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ordered = {n: log[n] for n in SIZES if n in log}
             LOG.write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
     TABLE.write_text(table(log), "utf-8")
+    text = _GIST.sub(lambda m: m[1] + gist(log) + m[2], PAGE.read_text("utf-8"))
+    PAGE.write_text(text, "utf-8")
     print(table(log))
 
 
