@@ -19,13 +19,13 @@ import argparse
 import csv
 import itertools
 import json
-import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench import RESULTS, processor
-from frontier_models import SHARED, convert_lite0, minilm_path
+from frontier_models import SHARED, caffe_picture, convert_lite0, minilm_path
 from frontier_models import squeezenet as pretrained_squeezenet
 from PIL import Image
 from scipy.stats import kendalltau
@@ -215,24 +215,15 @@ def _texts() -> Iterator[Subject]:
 
 def squeezenet(num_classes: int) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     """SqueezeNet 1.0 pretrained on ImageNet, for smaller pictures."""
-    return pretrained_squeezenet(num_classes)[0], caffe_picture
+    return pretrained_squeezenet(num_classes)[0], partial(caffe_picture, side=SIDE)
 
 
 def squeezenet_random(num_classes: int) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     """The same with random weights."""
     import torchvision  # noqa: PLC0415  seconds
 
-    return torchvision.models.squeezenet1_0(num_classes=num_classes), caffe_picture
-
-
-def caffe_picture(picture: Any) -> Tensor:
-    """(3, 96, 96) in the order blue, green, red, 0 to 255 minus the means of ImageNet."""
-    scale = SIDE / min(picture.size)
-    size = tuple(max(SIDE, math.ceil(scale * edge)) for edge in picture.size)
-    left, top = ((edge - SIDE) // 2 for edge in size)
-    cut = picture.convert("RGB").resize(size).crop((left, top, left + SIDE, top + SIDE))
-    pixels = np.asarray(cut, dtype=np.float32)[:, :, ::-1] - np.array((104, 117, 123), np.float32)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    model = torchvision.models.squeezenet1_0(num_classes=num_classes)
+    return model, partial(caffe_picture, side=SIDE)
 
 
 def resnet20(num_classes: int) -> nn.Module:

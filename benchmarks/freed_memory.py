@@ -32,7 +32,7 @@ NAME = "freed_memory"
 #: Pairs of `pairs.py`, and settings besides.
 WHAT: Mapping[str, Mapping[str, Any]] = {
     "flowers5-lite0": {"image_size": 160, "train_samples": 320},
-    "flowers5-squeezenet": {"image_size": 224, "train_samples": 320},
+    "flowers5-squeezenet": {"train_samples": 320},
     "caltech20-resnet20": {},
     "trec6-minilm": {"train_samples": 600},
 }

@@ -509,9 +509,8 @@ def squeezenet(num_classes: int) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     return model, caffe_picture
 
 
-def caffe_picture(picture: Any) -> Tensor:
-    """(3, 224, 224) in the order blue, green, red, 0 to 255 minus the means of ImageNet."""
-    side = 224
+def caffe_picture(picture: Any, side: int = 224) -> Tensor:
+    """(3, side, side) in the order blue, green, red, 0 to 255 minus the means of ImageNet."""
     scale = side / min(picture.size)
     size = tuple(max(side, math.ceil(scale * edge)) for edge in picture.size)
     left, top = ((edge - side) // 2 for edge in size)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from frontier_models import SHARED, convert_lite0, minilm_path
-from torch import nn
+from frontier_models import SHARED, caffe_picture, convert_lite0, minilm_path, squeezenet
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from models_for_tests import CIFAR_MEAN, CIFAR_STD, CifarResNet
@@ -58,6 +59,11 @@ def resnet32(num_classes: int) -> nn.Module:
 def resnet56(num_classes: int) -> nn.Module:
     """As named, for `fit`."""
     return cifar_resnet(56, num_classes)
+
+
+def squeezenet64(num_classes: int) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    """SqueezeNet for pictures of 64 pixels: it brings its own preparation."""
+    return squeezenet(num_classes)[0], partial(caffe_picture, side=64)
 
 
 def shortened(source: Path, target: Path, each: Mapping[str, int]) -> Path:
@@ -137,7 +143,7 @@ def pairs(scratch: Path) -> dict[str, Pair]:
             held_out=True,
         ),
         "caltech20-squeezenet": Pair(
-            "caltech20 at 64 px, SqueezeNet", "frontier_models:squeezenet", data["caltech20_32"],
+            "caltech20 at 64 px, SqueezeNet", "pairs:squeezenet64", data["caltech20_32"],
             9, {"head_lr": 1e-3, "lr": 1e-4}, held_out=True,
         ),
         "caltech20-lite0": Pair(

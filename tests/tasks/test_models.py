@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 from frostline.backends.torch.random_state import seeded
-from frostline.errors import MissingExtra, ModelError
+from frostline.errors import ConfigError, MissingExtra, ModelError
 from frostline.tasks import hub, imports
 from frostline.tasks.config import RunConfig
 from frostline.tasks.models import build_model, rebuild_model
@@ -269,3 +269,18 @@ def test_resnet20_is_the_network_its_weights_belong_to() -> None:
     built = build("models_for_tests:resnet20", labels=tuple("0123456789"), weights=weights)
     assert built.fresh == ()
     assert sum(p.numel() for p in built.model.parameters()) == 269_722
+
+
+def prepares_itself(num_classes: int) -> tuple[nn.Module, Any]:
+    """A model with a preparation of its own."""
+    return tiny(num_classes), lambda picture: torch.zeros(3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"image_size": 64}, {"image_mean": [0.5] * 3}, {"image_std": [0.5] * 3}]
+)
+def test_a_preparation_that_would_not_hear_of_a_setting_is_said(setting: dict[str, Any]):
+    build("tasks.test_models:prepares_itself")
+    with pytest.raises(ConfigError, match=f"set {next(iter(setting))} for") as caught:
+        build("tasks.test_models:prepares_itself", **setting)
+    assert "preprocess" in str(caught.value)
