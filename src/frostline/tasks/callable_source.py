@@ -7,13 +7,14 @@ pictures are resized, cut and normalised as ImageNet's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from frostline.errors import ConfigError, ModelError
+from frostline.errors import ModelError
 from frostline.tasks.built import Built, Kind, Preparation
 from frostline.tasks.config import RunConfig
 from frostline.tasks.image import ImagePreparation, from_spec, pixel_spec
@@ -23,6 +24,7 @@ from frostline.tasks.weights import find_head, load_into, read_weights
 
 __all__ = ["build", "rebuild"]
 
+_log = logging.getLogger("frostline")
 #: Settings that only the preparation of pictures here reads.
 _OF_PICTURES = ("image_size", "image_mean", "image_std")
 _RETURNS = "a function that takes num_classes and returns an nn.Module, or (module, preprocess)"
@@ -31,19 +33,17 @@ _RETURNS = "a function that takes num_classes and returns an nn.Module, or (modu
 def build(name: str, *, config: RunConfig, labels: tuple[str, ...], kind: Kind) -> Built:
     """The user's model with one output per label.
 
-    Without a weights file the values are whatever the function itself provides.
+    Without a weights file the values are whatever the function itself provides. Settings that its
+    own preparation does not hear of are named in a warning: candidates of `choose` share theirs.
 
     Raises:
         ModelError: it cannot be called, returns something else, or the weights do not fit.
-        ConfigError: pictures are to be prepared otherwise than its own `preprocess` does.
     """
     model, preprocess = _call(name, len(labels))
     given = [field for field in _OF_PICTURES if getattr(config, field) is not None]
     if preprocess and given:
-        raise ConfigError(
-            f"set {' and '.join(given)} for {name}",
-            found="a function that brings its own `preprocess`, which would not hear of it",
-            fix="leave it out and change `preprocess`, or return the module alone",
+        _log.warning(
+            "%s brings its own `preprocess`, which does not hear of %s", name, " and ".join(given)
         )
     head = find_head(model, len(labels))
     fresh: tuple[str, ...] = ()
