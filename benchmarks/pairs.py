@@ -125,7 +125,7 @@ def pairs(scratch: Path) -> dict[str, Pair]:
             held_out=True,
         ),
         "flowers5-lite0": Pair(
-            "flowers5, EfficientNet-lite0 at 128 px", "timm:tf_efficientnet_lite0",
+            "flowers5, EfficientNet-lite0", "timm:tf_efficientnet_lite0",
             data["flowers5"], 18, lite0,
         ),
         "flowers5-squeezenet": Pair(
@@ -147,7 +147,7 @@ def pairs(scratch: Path) -> dict[str, Pair]:
             9, {"head_lr": 1e-3, "lr": 1e-4}, held_out=True,
         ),
         "caltech20-lite0": Pair(
-            "caltech20 at 64 px, EfficientNet-lite0", "timm:tf_efficientnet_lite0",
+            "caltech20, EfficientNet-lite0", "timm:tf_efficientnet_lite0",
             data["caltech20_32"], 18, lite0, held_out=True,
         ),
         "flowers5-resnet20": Pair(
