@@ -54,6 +54,8 @@ _HEAD = (
     "| pair | auto | best | auto minus best | met | picked | full | of sweep | of full | eight |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
+#: Columns of the page: pair, auto, best, difference, full, time of full.
+_GIST_COLUMNS = (0, 1, 2, 3, 6, 8)
 MOST_DEPTHS = 9
 SEEDS = 3
 CLOSE = 0.005
@@ -181,9 +183,7 @@ def difference(arms: Arms, one: str, other: str) -> tuple[float, float]:
 
 def table(log: Mapping[str, Any]) -> str:
     """The page."""
-    done = [found for found in log.values() if "auto" in found["arms"]]
-    lines = [_INTRODUCTION, *_HEAD]
-    lines += [_row(found) for found in sorted(done, key=lambda found: found["held_out"])]
+    lines = [_INTRODUCTION, *_HEAD, *(f"| {' | '.join(_cells(found))} |" for found in _done(log))]
     lines += ["", *_verdict(log)]
     for found in log.values():
         lines += ["", *_details(found)]
@@ -227,11 +227,17 @@ def eight_cost(arms: Arms) -> float | None:
     return sum(middle_s(arms, n, "training_s") for n in wanted) / middle_s(arms, "full")
 
 
-def _row(found: Mapping[str, Any]) -> str:
+def _done(log: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pairs that `auto` has run on, those held out last."""
+    done = [found for found in log.values() if "auto" in found["arms"]]
+    return sorted(done, key=lambda found: found["held_out"])
+
+
+def _cells(found: Mapping[str, Any]) -> list[str]:
     arms: Arms = found["arms"]
     of, eight = outcome(arms), eight_cost(arms)
     held = " (held out)" if found["held_out"] else ""
-    cells = [
+    return [
         f"{found['title']}{held}",
         f"{100 * mean(arms, 'auto', 'test_accuracy'):.1f}",
         f"{100 * mean(arms, of.best, 'test_accuracy'):.1f} `{of.best}`",
@@ -243,33 +249,21 @@ def _row(found: Mapping[str, Any]) -> str:
         f"{middle_s(arms, 'auto') / middle_s(arms, 'full'):.2f}",
         "-" if eight is None else f"{eight:.2f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def gist(log: Mapping[str, Any]) -> str:
-    """What the policy's page shows of it."""
+    """What the policy's page shows of it: some columns."""
     lines = [
-        "| | `auto` | best of the sweep, in hindsight | difference | full | time, of full |",
+        "| pair | `auto` | best, in hindsight | difference | full | time, of full |",
         "|---|---|---|---|---|---|",
     ]
-    done = [found for found in log.values() if "auto" in found["arms"]]
-    for found in sorted(done, key=lambda found: found["held_out"]):
-        arms: Arms = found["arms"]
-        of = outcome(arms)
-        cells = [
-            found["title"] + (" (held out)" if found["held_out"] else ""),
-            f"{100 * mean(arms, 'auto', 'test_accuracy'):.1f}",
-            f"{100 * mean(arms, of.best, 'test_accuracy'):.1f} (`{of.best}`)",
-            f"{100 * of.gap:+.1f} ± {100 * of.wide:.1f}",
-            f"{100 * mean(arms, 'full', 'test_accuracy'):.1f}",
-            f"{middle_s(arms, 'auto') / middle_s(arms, 'full'):.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    rows = ([cells[i] for i in _GIST_COLUMNS] for cells in map(_cells, _done(log)))
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*lines, "", *_verdict(log), ""])
 
 
 def _verdict(log: Mapping[str, Any]) -> list[str]:
-    done = [found for found in log.values() if "auto" in found["arms"]]
+    done = _done(log)
     if not done:
         return ["No pair is finished."]
     apart = {

@@ -99,7 +99,7 @@ def keeping_freed() -> Iterator[bool]:
             if not _keepers:
                 for setting, value in _USUAL.items():
                     mallopt(setting, value)
-        give_back_freed()
+                give_back_freed()
 
 
 def _mallopt() -> Callable[[int, int], int] | None:

@@ -683,25 +683,24 @@ class Region:
         size = self._pieces.size(samples)
         start = time.perf_counter()
         if size == samples:
-            rows, kept = self._rows(example)
+            rows = self._rows(example)
             self._pieces.add(samples, time.perf_counter() - start)
             if samples > self._largest:
-                self._check_company(example, kept)
+                self._check_company(example, rows)
             return rows
         pieces = [rows_of(example, range(at, at + size)) for at in range(0, samples, size)]
         with suppress(FrontierError, RuntimeError):  # the model looks at what a batch is made of
-            parts = [self._rows(piece)[0] for piece in pieces]
+            parts = [self._rows(piece) for piece in pieces]
             rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             self._pieces.add(samples, time.perf_counter() - start)
             return rows
         self._pieces.forbid()
         return self._in_pieces(example)
 
-    def _rows(self, example: Example) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """What is to be stored of a batch, by slot name, and what was computed for it."""
+    def _rows(self, example: Example) -> dict[str, Tensor]:
+        """What is to be stored of a batch, by slot name."""
         kept, samples = self._filled(example), batch_size(example)
-        rows = {s.name: s.pattern.split(kept[s.number], samples).contiguous() for s in self.slots}
-        return rows, kept
+        return {s.name: s.pattern.split(kept[s.number], samples).contiguous() for s in self.slots}
 
     def check_recorded(self, rows: Mapping[str, Tensor]) -> None:
         """Compare the rows of the first samples with those of the recording, in other company.
@@ -736,7 +735,7 @@ class Region:
                 fix="nothing to do: this batch takes the full forward pass",
             )
 
-    def _check_company(self, example: Example, kept: Mapping[int, Tensor]) -> None:
+    def _check_company(self, example: Example, rows: Mapping[str, Tensor]) -> None:
         """Compute a few rows of the largest batch so far again by themselves.
 
         Raises:
@@ -744,12 +743,11 @@ class Region:
         """
         samples = self._largest = batch_size(example)
         few = list(range(0, samples, max(1, min(4, samples // 4))))
-        alone = self._filled(rows_of(example, few))
+        alone = self._rows(rows_of(example, few))
         exact = all(t.device.type == "cpu" for t in tensors_of((example.args, example.kwargs)))
-        for slot in self.slots:
-            among = slot.pattern.split(kept[slot.number], samples)[few]
-            apart = slot.pattern.split(alone[slot.number], len(few))
-            self._require_same(slot.name, among, apart)
+        for name, apart in alone.items():
+            among = rows[name][few]
+            self._require_same(name, among, apart)
             exact = exact and torch.equal(among, apart)
         # To the bit, so that what is stored does not depend on the clock.
         self._pieces.allow(len(few) if exact else 0, whole=samples)

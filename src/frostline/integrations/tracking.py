@@ -333,12 +333,20 @@ def _ended(process: subprocess.Popen[str]) -> str:
     for pipe in (process.stdin, process.stdout):
         with suppress(OSError):  # what it was not told cannot be told any more
             cast("Any", pipe).close()
+    if _ends_within(1.0, process):
+        return f"their process ended by itself, code {process.returncode}"
+    return "their process does not listen, and was ended"
+
+
+def _ends_within(seconds: float, process: subprocess.Popen[str]) -> bool:
+    """Whether a process ends by itself in this time; else it is ended."""
     try:
-        return f"their process ended by itself, code {process.wait(1.0)}"
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        return "their process does not listen, and was ended"
+        return False
+    return True
 
 
 @dataclass(slots=True)
@@ -375,11 +383,7 @@ class _Apart:
         for line in ({"status": status}, None):
             with suppress(queue.Full):
                 self._lines.put(line, timeout=1.0)
-        try:
-            self.process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        if not _ends_within(_CLOSE_S, self.process):
             _log.warning("trackers were not done %.0f s after the run, and were ended", _CLOSE_S)
         for thread in self._threads:
             thread.join(1.0)
