@@ -288,6 +288,42 @@ class Mixes(nn.Module):
         return self.head(self.b(self.a(x).relu()))
 
 
+def test_what_is_measured_of_the_cache_is_there_where_something_can_be_skipped() -> None:
+    model, groups = widths()
+    found = foretell_steps(model, groups, batch(), anchors=2, times=1)
+    assert found.depths[0].find_s == 0
+    assert all(c.find_s > 0 for c in found.depths[1:])
+    refused = foretell_steps(Mixes(), layer_groups(Mixes(), batch()), batch(), times=1)
+    assert all(c.find_s == 0 for c in refused.depths)
+
+
+def test_memory_is_not_read_again_once_the_heap_is_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, groups = widths()
+    read: list[str] = []
+    note = foretell._Found._note_memory
+
+    def noted(self: Any, depth: int) -> None:
+        read.append(f"memory {depth}")
+        note(self, depth)
+
+    def costs(*args: Any, **options: Any) -> Any:
+        read.append("costs")
+        return measure_costs(*args, **options)
+
+    monkeypatch.setattr(foretell._Found, "_note_memory", noted)
+    monkeypatch.setattr(foretell, "measure_costs", costs)
+    foretell_steps(model, groups, batch(), times=1)
+    deepest = len(groups) - 1
+    depths = sorted({round(i * deepest / 3) for i in range(4)}, reverse=True)
+    assert read == [*(f"memory {d}" for d in depths), "costs"]
+    read.clear()  # nothing comes between steps where costs are known
+    measured = measure_costs(model, groups, batch(), repeats=1)
+    foretell_steps(model, measured, batch(), times=1, anchors=2)
+    assert read == [f"memory {deepest}", "memory 0"]
+
+
 def test_where_nothing_can_be_cached_the_reason_is_said() -> None:
     model = Mixes()
     groups = layer_groups(model, batch())
@@ -306,9 +342,10 @@ def test_groups_without_costs_are_measured_and_said_so() -> None:
     lines: list[str] = []
     groups = layer_groups(model, slow_batch())
     foretell_steps(model, groups, slow_batch(), anchors=2, times=1, progress=lines.append)
-    # Before the costs, whose full steps would leave the heap in pieces.
-    assert lines[0] == "steps with 4 of 5 groups frozen"
-    assert lines[1] == "costs of 5 layer groups, on a batch of 8"
+    # Memory before the costs, whose full steps would leave the heap in pieces.
+    assert lines[0] == "memory with 0 to 4 of 5 groups frozen"
+    assert lines[1] == "steps with 4 of 5 groups frozen"
+    assert lines[2] == "costs of 5 layer groups, on a batch of 8"
     lines.clear()
     measured = measure_costs(model, groups, slow_batch(), repeats=1)
     foretell_steps(model, measured, slow_batch(), anchors=2, times=1, progress=lines.append)
@@ -368,6 +405,7 @@ def cost(**changed: Any) -> DepthCost:
         "saved_bytes": 1000,
         "peak_memory_bytes": None,
         "tried": True,
+        "find_s": 0.25,
     }
     return DepthCost(**{**usual, **changed})
 
@@ -384,8 +422,18 @@ def test_an_epoch_is_loading_steps_validation_and_saving() -> None:
     cached = 4 * (0.2 + 0.05) + 2 * (0.1 + 0.05) + 1
     assert found.cached_epoch_s == pytest.approx(cached)
     filling = 40 * 0.01 + 20 * 0.02 + (4 + 2) * (0.4 + 0.1)
-    assert found.first_epoch_s == pytest.approx(cached + filling)
+    assert found.first_epoch_s == pytest.approx(cached + filling + 0.25)
     assert found.disk_bytes == 6000
+
+
+def test_finding_the_region_is_paid_for_once() -> None:
+    work = Workload(samples=40, epochs=4)
+    free, slow = epoch(work, find_s=0.0), epoch(work, find_s=3.0)
+    assert slow.first_epoch_s == pytest.approx((free.first_epoch_s or 0) + 3)
+    assert slow.cached_epoch_s == free.cached_epoch_s
+    assert slow.gain == pytest.approx((free.gain or 0) - 3 / (4 * free.epoch_s))
+    assert free.break_even_epochs == 1
+    assert slow.break_even_epochs == 2  # 2 s of filling and 3 of finding, 3 saved in each epoch
 
 
 def test_every_view_of_a_training_sample_is_stored_and_validation_once() -> None:
@@ -433,7 +481,13 @@ def test_break_even_is_what_counting_finds(
         ({}, "cache"),
         ({"cached_step_s": 0.93, "read_s": 0.0, "fill_s": 0.0, "write_s": 0.0}, "cache"),
         (
-            {"cached_step_s": 0.96, "read_s": 0.0, "fill_s": 0.0, "write_s": 0.0},
+            {
+                "cached_step_s": 0.96,
+                "read_s": 0.0,
+                "fill_s": 0.0,
+                "write_s": 0.0,
+                "find_s": 0.0,
+            },
             "no: it would save 4.0 %, less than 5 %",
         ),
         ({"fill_s": 12.0}, "no: it pays after 17 epochs, and the run has 10"),

@@ -239,9 +239,11 @@ def test_less_memory_freezes_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_system_that_does_not_tell_its_memory_refuses_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from frostline.tasks import foretell as module
+    from frostline.frontier import trial
+    from frostline.tasks import foretell
 
-    monkeypatch.setattr(module, "memory_in_use", lambda device: None)
+    for module in (trial, foretell):
+        monkeypatch.setattr(module, "memory_in_use", lambda device: None)
     with pytest.raises(ConfigError, match="leave out the memory budget"):
         fitted(tmp_path, memory_budget="1GiB")
 

@@ -54,6 +54,13 @@ __all__ = [
 #: Share of a run's time that a cache must save to be worth its disk and its risk.
 LEAST_GAIN = 0.05
 ANCHORS = 6
+#: Steps after which memory is what it will be: the optimizer's state comes with the first.
+_TO_GROW = 4
+#: How often the region of evaluation is counted: once for itself, and once because comparing the
+#: first batches with the full forward pass takes as many passes of few samples.
+_AGAIN = 2
+#: Depths at which memory is read by itself; between them it follows the sizes of tensors.
+_GROWN = 4
 #: Samples that are enough to find a region.
 FEW = 4
 #: Share of the time that this process has the processor on a quiet machine, at least.
@@ -84,6 +91,8 @@ class DepthCost:
             the cache; None where it cannot be known.
         tried: whether steps were run at this depth; figures of others lie between two that were.
         refused: why nothing can be skipped, in words; empty where something can.
+        find_s: seconds that a run takes to find what can be skipped, for training and for
+            validation, and to compare its first batches with the full forward pass.
     """
 
     depth: int
@@ -100,6 +109,7 @@ class DepthCost:
     peak_memory_bytes: int | None
     tried: bool
     refused: str = ""
+    find_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +122,8 @@ class StepCosts:
         spent_s: seconds the prediction itself took.
         processor_s: processor seconds of this process in that time.
         groups: the layer groups, with their measured costs.
+        in_use_bytes: memory in use before the trial steps, weights included, from which peaks are
+            counted; None where it cannot be known.
     """
 
     batch_size: int
@@ -119,6 +131,7 @@ class StepCosts:
     spent_s: float = 0.0
     processor_s: float = 0.0
     groups: LayerGroups = field(default_factory=lambda: LayerGroups(()))
+    in_use_bytes: int | None = None
 
     @property
     def disturbed(self) -> bool:
@@ -160,7 +173,8 @@ class EpochCost:
     Attributes:
         step: the costs of a step.
         epoch_s: seconds of an epoch without the cache: preparing samples, steps, validation.
-        first_epoch_s: seconds of the first epoch with the cache, which fills it.
+        first_epoch_s: seconds of the first epoch with the cache, which finds what can be skipped,
+            fills it, and compares a few samples with the full forward pass.
         cached_epoch_s: seconds of an epoch once all samples are stored.
         break_even_epochs: the number of epochs from which on a run with the cache is the shorter
             one; None where it never is.
@@ -199,12 +213,16 @@ def foretell_epochs(steps: StepCosts, work: Workload) -> tuple[EpochCost, ...]:
     Validation samples are stored like training samples, in one view.
 
     Example:
-        >>> cost = DepthCost(1, ("a",), 1.0, 0.2, 0.4, 0.4, 0.1, 0.05, 0.1, 100, 0, None, True)
+        >>> cost = DepthCost(
+        ...     depth=1, frozen=("a",), step_s=1.0, cached_step_s=0.2, fill_s=0.4, eval_s=0.5,
+        ...     cached_eval_s=0.1, read_s=0.05, write_s=0.1, row_bytes=100, saved_bytes=0,
+        ...     peak_memory_bytes=None, tried=True, find_s=0.5,
+        ... )
         >>> [epoch] = foretell_epochs(StepCosts(10, (cost,)), Workload(samples=40, epochs=4))
         >>> epoch.epoch_s, epoch.first_epoch_s, epoch.cached_epoch_s, epoch.break_even_epochs
-        (4.0, 3.0, 1.0, 1)
-        >>> epoch.gain, epoch.advice
-        (0.625, 'cache')
+        (4.0, 3.5, 1.0, 1)
+        >>> round(epoch.gain, 3), epoch.advice
+        (0.594, 'cache')
     """
     return tuple(_epochs_at(cost, steps.batch_size, work) for cost in steps.depths)
 
@@ -225,12 +243,13 @@ def _epochs_at(cost: DepthCost, batch_size: int, work: Workload) -> EpochCost:
     each = cost.fill_s + cost.write_s
     fill = _with_workers(work, work.samples * work.load_s, steps * each)
     val_fill = _with_workers(work, work.val_samples * work.val_load_s, validations * each)
-    gain = 1 - _run_s(cached, fill, val_fill, work.views, work.epochs) / (work.epochs * epoch)
-    even = _break_even(epoch, cached, fill, val_fill, work.views)
+    once = val_fill + cost.find_s
+    gain = 1 - _run_s(cached, fill, once, work.views, work.epochs) / (work.epochs * epoch)
+    even = _break_even(epoch, cached, fill, once, work.views)
     return EpochCost(
         step=cost,
         epoch_s=epoch,
-        first_epoch_s=cached + fill + val_fill,
+        first_epoch_s=cached + fill + once,
         cached_epoch_s=cached,
         break_even_epochs=even,
         disk_bytes=None
@@ -249,22 +268,20 @@ def _with_workers(work: Workload, preparing_s: float, computing_s: float) -> flo
     return max(beside, (preparing_s + computing_s) / max(1, min(work.cores, work.workers + 1)))
 
 
-def _run_s(cached: float, fill: float, val_fill: float, views: int, epochs: int) -> float:
-    return epochs * cached + min(views, epochs) * fill + val_fill
+def _run_s(cached: float, fill: float, once: float, views: int, epochs: int) -> float:
+    return epochs * cached + min(views, epochs) * fill + once
 
 
-def _break_even(
-    epoch: float, cached: float, fill: float, val_fill: float, views: int
-) -> int | None:
+def _break_even(epoch: float, cached: float, fill: float, once: float, views: int) -> int | None:
     """The least number of epochs, from which on the cached run stays the shorter one."""
     saved = epoch - cached
     if saved <= 0:
         return None
     if (saved - fill) > 0:  # pays while it is still filled
-        early = max(1, math.ceil(val_fill / (saved - fill)))
+        early = max(1, math.ceil(once / (saved - fill)))
         if early <= views:
             return early
-    return max(1, math.ceil((views * fill + val_fill) / saved))
+    return max(1, math.ceil((views * fill + once) / saved))
 
 
 def _advice(gain: float, even: int | None, epochs: int) -> str:
@@ -333,10 +350,13 @@ def foretell_steps(
     least_s = LEAST_S if times > 1 else BRIEFLY_S
     with rehearsal(model, groups, batch, recipe or Recipe(), least_s=least_s) as stage:
         found = _Found(stage, _few_samples(batch, size), times, folder)
-        # Memory grows from depth to depth: what was freed before cannot hide what comes. The
-        # deepest comes before the costs, whose full steps would leave the heap in pieces.
         deepest = _deepest(groups)
         found.settle(deepest)
+        if not groups.measured and most_bytes is None:
+            # Before the costs: the heap that their full steps leave has room for every tensor at a
+            # place of its own, and much more of it comes into use than in a run.
+            say(f"memory with 0 to {deepest} of {len(groups)} groups frozen")
+            found.grow(_evenly(deepest, min(anchors, _GROWN)))
         say(f"steps with {deepest} of {len(groups)} groups frozen")
         found.plain(deepest)
         if not groups.measured:
@@ -362,7 +382,8 @@ def foretell_steps(
             found.refused = dict.fromkeys(shape.depths, why)
     depths = tuple(_cost_at(d, groups, shape, found, tried) for d in shape.depths)
     spent = time.perf_counter() - started
-    return StepCosts(size, depths, spent, time.process_time() - processor, groups)
+    processor_s = time.process_time() - processor
+    return StepCosts(size, depths, spent, processor_s, groups, found.in_use_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,6 +422,17 @@ class _Shape:
 def _deepest(groups: LayerGroups) -> int:
     """How many groups are frozen where only the head trains."""
     return min((g.depth for g in groups if g.name in groups.head), default=len(groups) - 1)
+
+
+def _evenly(last: int, count: int) -> tuple[int, ...]:
+    """So many depths from 0 to the last one, in even distances.
+
+    Example:
+        >>> _evenly(9, 4), _evenly(2, 6)
+        ((0, 3, 6, 9), (0, 1, 2))
+    """
+    count = min(count, last + 1)
+    return tuple(round(i * last / max(1, count - 1)) for i in range(count))
 
 
 def anchors_among(shape: _Shape, count: int, *, first: int = 0) -> tuple[int, ...]:
@@ -442,21 +474,51 @@ class _Found:
         self.evaluation: dict[int, float] = {}
         self.memory: dict[int, float] = {}
         self.cached_step: dict[int, float] = {}
+        self.find: dict[int, float] = {}
         self.fill: dict[int, float] = {}
         self.read: dict[int, float] = {}
         self.write: dict[int, float] = {}
         self.row_bytes: dict[int, int] = {}
         self.refused: dict[int, str] = {}
         self._state_share = 0.0
+        self._grown = False
         self._weights = sum(t.nbytes for t in (*stage.model.parameters(), *stage.model.buffers()))
 
     def settle(self, depth: int) -> None:
-        """Run what loads libraries and kernels, then take the memory in use as the zero."""
+        """Load libraries, take the memory in use as the zero, and run what loads kernels."""
+        self._stage.load_libraries()
+        self._stage.memory.start()
         self._stage.freeze(depth)
         self._stage.step()
         self._stage.evaluate()
         self._state_share = self._stage.state_share()
-        self._stage.memory.start()
+
+    def grow(self, depths: Sequence[int]) -> None:
+        """How far memory grows at some depths, by as many steps as it takes to grow.
+
+        From depth to depth it grows: what was freed before cannot hide what comes.
+        """
+        stage, self._grown = self._stage, True
+        for depth in sorted(depths, reverse=True):
+            stage.freeze(depth)
+            with contextlib.suppress(OSError):
+                stage.memory.forget()
+            try:
+                for _ in range(_TO_GROW):
+                    stage.step()
+            except torch.OutOfMemoryError:  # what fits will be found by the steps that are timed
+                return
+            self._note_memory(depth)
+
+    def _note_memory(self, depth: int) -> None:
+        if (grown := self._stage.memory.read()) is not None:
+            self.memory[depth] = self._weights + grown
+
+    @property
+    def in_use_bytes(self) -> int | None:
+        """What was in use when memory began to be read, without the copy of the weights."""
+        zero = self._stage.memory.zero_bytes
+        return None if zero is None else zero - self._weights
 
     def first(self, shape: _Shape, most_bytes: float | None) -> int:
         """The shallowest depth that fits into so many bytes, as far as costs can say."""
@@ -475,9 +537,8 @@ class _Found:
         with contextlib.suppress(OSError):
             stage.memory.forget()
         self.step[depth] = stage.seconds(stage.step, times=self._times)
-        grown = stage.memory.read()
-        if grown is not None:
-            self.memory[depth] = self._weights + grown
+        if not self._grown:
+            self._note_memory(depth)
         if self._times > 1 or not self.evaluation:  # all that is asked of it is the least
             self.evaluation[depth] = stage.seconds(stage.evaluate, times=self._times - 1)
 
@@ -487,20 +548,34 @@ class _Found:
             self.refused[0] = "nothing is frozen"
             if 0 in self.step:
                 self.cached_step[0] = self.step[0]
-            self.fill[0] = self.read[0] = self.write[0] = 0.0
+            self.find[0] = self.fill[0] = self.read[0] = self.write[0] = 0.0
             return
         stage = self._stage
         stage.freeze(depth)
         try:
+            started = time.perf_counter()
             region = find_region(stage.model, self._few)
+            spent = time.perf_counter() - started
             if _skips_nothing(region):
                 self.refused[depth] = _why_empty(region)
                 return
             self.row_bytes[depth] = region.bytes
             if run:
                 self._replay(depth, region)
+                self.find[depth] = spent + _AGAIN * self._again_s(region)
         except FrontierError as error:
             self.refused[depth] = f"{error.asked}: {error.found}"
+
+    def _again_s(self, region: Region) -> float:
+        """Seconds to find the region as evaluation has it, on a few samples."""
+        self._stage.model.eval()
+        started = time.perf_counter()
+        try:
+            region.again(self._few)
+        except FrontierError:
+            find_region(self._stage.model, self._few)
+        self._stage.model.train()
+        return time.perf_counter() - started
 
     def _replay(self, depth: int, region: Region) -> None:
         stage = self._stage
@@ -552,6 +627,7 @@ def _cost_at(
         peak_memory_bytes=None if memory is None else round(memory),
         tried=depth in tried,
         refused=found.refused.get(depth, ""),
+        find_s=0.0 if refused else _between(found.find, shape.fill, depth) or 0.0,
     )
 
 

@@ -1019,12 +1019,12 @@ class Region:
 
     def _settled(self) -> dict[str, nn.Module]:
         """The modules whose settings the stored values depend on: skipped ones, and around."""
+        known = dict(self._root.named_modules(remove_duplicate=False))
         found: dict[str, nn.Module] = {"": self._root}
         for name in self.modules:
-            if name:
-                found[name] = self._root.get_submodule(name)
+            found[name] = known[name]
             while name := name.rpartition(".")[0]:
-                found[name] = self._root.get_submodule(name)
+                found[name] = known[name]
         return found
 
     def _after_slots(self) -> set[int]:

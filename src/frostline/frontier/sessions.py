@@ -238,7 +238,7 @@ class Recorder:
         self._taint = taint
         self._counts: dict[str, int] = {}
         self._stack: list[int] = []
-        self._hooked = {n: foreign_hooks(m) for n, m in self._modules.items()}
+        self._hooked = foreign_hooks(model)
         self._spoiled: dict[int, str] = {}
 
     @property
@@ -461,7 +461,7 @@ class Recorder:
         )
         if (
             inside.lived or inside.looked or draws or taint.dynamic or taint.why is not None
-            or not same or not plain or not results or self._hooked[record.name] is not None
+            or not same or not plain or not results or self._hooked.get(record.name) is not None
         ):  # fmt: skip
             self.opened.add(record.name)
             if inside.lived or draws or not plain:
@@ -502,7 +502,7 @@ class Recorder:
             return "changes its own state"
         if state_of(args) != passed:
             return "changes an object it was given"
-        if (hook := self._hooked[record.name]) is not None:
+        if (hook := self._hooked.get(record.name)) is not None:
             return f"has a hook ({hook})"
         for entry in inner:
             if entry.verdict in (Verdict.LOOK, Verdict.EAGER):

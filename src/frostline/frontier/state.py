@@ -93,17 +93,24 @@ def _of_module(module: nn.Module, depth: int) -> Any:
     return tuple(held)
 
 
-def foreign_hooks(module: nn.Module) -> str | None:
-    """The name of a forward hook of the user's on this module or inside it, or None.
+def foreign_hooks(model: nn.Module) -> dict[str, str]:
+    """By name, of modules with forward hooks of the user's on them or inside them, the first hook.
 
     Hooks may change values or read them, so a module that has one is run, not skipped.
+
+    Example:
+        >>> model = nn.Sequential(nn.ReLU())
+        >>> foreign_hooks(model)
+        {}
     """
-    for inner in module.modules():
-        for table in hook_tables(inner):
-            for hook in table.values():
-                if is_foreign(hook):
-                    return getattr(hook, "__qualname__", type(hook).__name__)
-    return None
+    found: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for hook in (h for table in hook_tables(module) for h in table.values() if is_foreign(h)):
+            title = getattr(hook, "__qualname__", type(hook).__name__)
+            parts = name.split(".") if name else []
+            for depth in range(len(parts) + 1):
+                found.setdefault(".".join(parts[:depth]), title)
+    return found
 
 
 def is_foreign(hook: Any) -> bool:

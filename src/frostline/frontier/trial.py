@@ -162,6 +162,13 @@ class Rehearsal:
         self._backend.apply(FreezePlan(frozen=frozenset(self.groups.names[:depth])))
         self.model.train()
 
+    def load_libraries(self) -> None:
+        """Run a step of a network of a few numbers, after which all that a step imports is here."""
+        device = self.memory.device
+        small = nn.Sequential(nn.Conv1d(1, 2, 1), nn.Flatten(), nn.Linear(8, 1)).to(device)
+        small(torch.zeros(2, 1, 4, device=device)).sum().backward()
+        AdamW(small.parameters()).step()
+
     def forward(self) -> Any:
         """The model's output on a private copy of the batch."""
         args, kwargs = private_batch(self.model, self.example.args, self.example.kwargs)
@@ -239,6 +246,11 @@ class PeakGrowth:
 
     device: torch.device
     _start: int | None = field(init=False, default=None)
+
+    @property
+    def zero_bytes(self) -> int | None:
+        """What was in use at `start`; None where it is not known."""
+        return self._start
 
     def start(self) -> None:
         """Take the present use as the zero."""

@@ -190,7 +190,7 @@ def foretell_limits(
         regions="tried" if times and config.cache != "off" else "none",
         most_bytes=None if most_bytes is None else most_bytes - (before or 0) + weights,
     )
-    after = memory_in_use(device)
+    zero = steps.in_use_bytes
     work = workload_of(task, load_s, val_load_s, views=config.views or 1, saves=times)
     signals: dict[str, dict[str, float]] = {}
     for epoch in foretell_epochs(steps, work):
@@ -199,15 +199,15 @@ def foretell_limits(
         if None not in cached and (epoch.worth_caching or config.cache == "on"):
             first, later = (seconds or 0.0 for seconds in cached)
         values = {"first_epoch_from_s": first, "epoch_from_s": later} if times else {}
-        if after is not None and epoch.step.peak_memory_bytes is not None:
-            values["peak_from_bytes"] = after + epoch.step.peak_memory_bytes - weights
+        if zero is not None and epoch.step.peak_memory_bytes is not None:
+            values["peak_from_bytes"] = zero + epoch.step.peak_memory_bytes - weights
         for name, value in values.items():
             signals.setdefault(name, {})[groups.names[epoch.step.depth]] = value
     peaks = [
         d.peak_memory_bytes for d in steps.depths if d.tried and d.peak_memory_bytes is not None
     ]
     # The copy of the weights that is held meanwhile has the size of the weights.
-    peak = (after or 0) + max(peaks) if peaks else None
+    peak = (zero or 0) + max(peaks) if peaks else None
     return Outlook(signals, time.perf_counter() - started, peak)
 
 

@@ -162,9 +162,9 @@ def leave_untouched(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
     """
     undo = [*_saved_random_states(), *(_saved_attributes(m) for m in model.modules())]
     buffers = {id(b): (b, b.detach().clone()) for b in model.buffers() if not is_lazy(b)}
-    parameters = [_saved_parameter(p) for p in model.parameters()]
-    copies: dict[int, tuple[Tensor, Tensor]] = {}
     owners = {id(p): p for p in model.parameters()}
+    parameters = [_saved_parameter(p) for p in owners.values()]
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(tensor: Tensor) -> None:
         if id(tensor) in owners and id(tensor) not in copies:
@@ -407,7 +407,7 @@ def _saved_random_states() -> list[Callable[[], Any]]:
     return undo
 
 
-_CONTAINERS = (dict, OrderedDict, list, set, deque)
+_CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 #: What most attributes of modules are: asking these is half the time of a copy.
 _NO_GENERATORS = frozenset({*_CONTAINERS, bool, int, float, str, tuple, type(None)})
 
@@ -421,12 +421,14 @@ def _saved_attributes(module: nn.Module) -> Callable[[], None]:
     training = module.training
     attributes = vars(module)
     before = dict(attributes)
-    contents = [(value, value.copy()) for value in before.values() if type(value) in _CONTAINERS]
-    generators = [
-        undo
-        for value in before.values()
-        if type(value) not in _NO_GENERATORS and (undo := _saved_generator(value))
-    ]
+    contents: list[tuple[Any, Any]] = []
+    generators: list[Callable[[], Any]] = []
+    for value in before.values():
+        kind = type(value)
+        if kind in _CONTAINERS:  # most are tables of hooks without any: nothing to copy
+            contents.append((value, value.copy() if value else ()))
+        elif kind not in _NO_GENERATORS and (undo := _saved_generator(value)):
+            generators.append(undo)
 
     def restore() -> None:
         if module.training != training:
@@ -458,7 +460,9 @@ def _saved_generator(value: Any) -> Callable[[], Any] | None:
 
 
 def _refill(container: Any, items: Any) -> None:
-    if isinstance(container, dict):
+    if not items:
+        container.clear()
+    elif isinstance(container, dict):
         if not _same_items(container, items):
             container.clear()
             container.update(items)
@@ -473,7 +477,7 @@ def _refill(container: Any, items: Any) -> None:
 
 
 def _same_items(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
-    return list(now) == list(before) and all(now[key] is before[key] for key in before)
+    return list(now) == list(before) and all(map(operator.is_, now.values(), before.values()))
 
 
 def _saved_parameter(parameter: Tensor) -> Callable[[], None]:
