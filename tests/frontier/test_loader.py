@@ -446,7 +446,7 @@ def test_an_argument_that_changes_at_each_step_is_given_up(library: Library) -> 
 
         def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             x, y = batch
-            return nn.functional.cross_entropy(model(x, scale=1.0 + next(steps)), y), y
+            return nn.functional.cross_entropy(model(x, scale=1.0 + next(steps) / 100), y), y
 
         return step
 

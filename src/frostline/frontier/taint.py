@@ -12,6 +12,7 @@ closures) count as live: what is not known to be frozen is not.
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -396,7 +397,8 @@ def _kept_by(model: nn.Module) -> Iterable[Tensor]:
 def held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes of a module that may hold tensors, but for parameters, buffers and submodules."""
     for key, value in vars(module).items():
-        if type(value) in _HOLDS_NONE or key in _OWN_TABLES:
+        kind = type(value)
+        if kind in _HOLDS_NONE or key in _OWN_TABLES or (kind in _TABLES and not value):
             continue
         if isinstance(value, (Tensor, Mapping, list, tuple)) and (
             isinstance(value, Tensor) or len(value)
@@ -405,4 +407,6 @@ def held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 _HOLDS_NONE = frozenset({int, float, bool, str, type(None)})
+#: What hooks are kept in, mostly none: asked first, for abstract classes take longer to ask.
+_TABLES = frozenset({dict, OrderedDict})
 _OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules"})

@@ -324,12 +324,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested lists, tuples and mappings."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+    elif type(value) in _HOLD_NONE:  # most of what operations are given, and soon asked
+        return
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+_HOLD_NONE = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 
 
 def private_batch(
