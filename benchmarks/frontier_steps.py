@@ -58,6 +58,7 @@ from frostline.frontier.cache import BLOCK, Batch, FrontierCache
 from frostline.frontier.library import Library
 from frostline.frontier.region import Region, find_region
 from frostline.groups import LayerGroups
+from frostline.memory import keeping_freed
 from frostline.plan import FreezePlan
 
 #: A cached step may take so much more than the same rest cut by hand.
@@ -657,8 +658,9 @@ def row(entry: Mapping[str, Any]) -> list[str]:
 
 ABOUT = (
     "Whole steps: gathering the batch, forward, loss, backward, AdamW, zero_grad; kinds of steps "
-    "interleaved in one process. 'full': nothing frozen; 'naive': `requires_grad=False` and frozen "
-    "modules in evaluation mode; 'cached': `Region.run`; 'by hand': only the rest of the model, "
+    "interleaved in one process, which keeps what it frees, as `fit` does. 'full': "
+    "nothing frozen; 'naive': `requires_grad=False` and frozen modules in evaluation mode; "
+    "'cached': `Region.run`; 'by hand': only the rest of the model, "
     "written for this cut. Ratios are medians over rounds, within each round; milliseconds are "
     "medians, and only their ratios mean something on another machine. Bounds of one steady step: "
     "by share 1/(1-f) and (3-2f)/(3-3f) with f the frozen share of the forward pass; by parts from "
@@ -802,12 +804,13 @@ def main() -> None:
         compiled=chosen.compiled,
         budget_s=CUDA_BUDGET_S if on_gpu else BUDGET_S,
     )
-    gather(
-        "frontier_steps",
-        chosen,
-        {name: (lambda m=m: measure(m, wanted)) for name, m in made.items()},
-        table,
-    )
+    with keeping_freed():  # as `fit` does
+        gather(
+            "frontier_steps",
+            chosen,
+            {name: (lambda m=m: measure(m, wanted)) for name, m in made.items()},
+            table,
+        )
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
