@@ -281,7 +281,7 @@ def foretell_epochs_of(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
 
 def measure_epochs(name: str, depth: int, chosen: argparse.Namespace) -> dict[str, Any]:
     """Epochs of real runs, the first one aside: without the cache, and from an empty one on."""
-    first, *later = epochs_of(name, depth, chosen, cache="off")
+    _, *later = epochs_of(name, depth, chosen, cache="off")
     found = {"depth": depth, "epoch_s": min(later)}
     if not depth:
         return found
@@ -345,7 +345,6 @@ def memory_from_now(device: str) -> Callable[[], int]:
     if device != "cuda":
         give_back_freed()
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
         return lambda: resident("VmHWM") - before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -356,7 +356,8 @@ def foretell_steps(
             # Before the costs: the heap that their full steps leave has room for every tensor at a
             # place of its own, and much more of it comes into use than in a run.
             say(f"memory with 0 to {deepest} of {len(groups)} groups frozen")
-            found.grow(_evenly(deepest, min(anchors, _GROWN)))
+            count = min(anchors, _GROWN, deepest + 1)
+            found.grow(np.linspace(0, deepest, count).round().astype(int).tolist())
         say(f"steps with {deepest} of {len(groups)} groups frozen")
         found.plain(deepest)
         if not groups.measured:
@@ -424,17 +425,6 @@ def _deepest(groups: LayerGroups) -> int:
     return min((g.depth for g in groups if g.name in groups.head), default=len(groups) - 1)
 
 
-def _evenly(last: int, count: int) -> tuple[int, ...]:
-    """So many depths from 0 to the last one, in even distances.
-
-    Example:
-        >>> _evenly(9, 4), _evenly(2, 6)
-        ((0, 3, 6, 9), (0, 1, 2))
-    """
-    count = min(count, last + 1)
-    return tuple(round(i * last / max(1, count - 1)) for i in range(count))
-
-
 def anchors_among(shape: _Shape, count: int, *, first: int = 0) -> tuple[int, ...]:
     """The depths at which steps are run: both ends, then where figures change most in between.
 
@@ -500,15 +490,19 @@ class _Found:
         """
         stage, self._grown = self._stage, True
         for depth in sorted(depths, reverse=True):
-            stage.freeze(depth)
-            with contextlib.suppress(OSError):
-                stage.memory.forget()
+            self._freeze(depth)
             try:
                 for _ in range(_TO_GROW):
                     stage.step()
             except torch.OutOfMemoryError:  # what fits will be found by the steps that are timed
                 return
             self._note_memory(depth)
+
+    def _freeze(self, depth: int) -> None:
+        """Freeze this many groups, and let the peak of memory start afresh."""
+        self._stage.freeze(depth)
+        with contextlib.suppress(OSError):
+            self._stage.memory.forget()
 
     def _note_memory(self, depth: int) -> None:
         if (grown := self._stage.memory.read()) is not None:
@@ -533,9 +527,7 @@ class _Found:
     def plain(self, depth: int) -> None:
         """Steps without the cache."""
         stage = self._stage
-        stage.freeze(depth)
-        with contextlib.suppress(OSError):
-            stage.memory.forget()
+        self._freeze(depth)
         self.step[depth] = stage.seconds(stage.step, times=self._times)
         if not self._grown:
             self._note_memory(depth)
@@ -572,8 +564,9 @@ class _Found:
         started = time.perf_counter()
         try:
             region.again(self._few)
-        except FrontierError:
-            find_region(self._stage.model, self._few)
+        except FrontierError:  # another one, or none: a run looks for it all the same
+            with contextlib.suppress(FrontierError):
+                find_region(self._stage.model, self._few)
         self._stage.model.train()
         return time.perf_counter() - started
 

@@ -461,7 +461,7 @@ class Recorder:
         )
         if (
             inside.lived or inside.looked or draws or taint.dynamic or taint.why is not None
-            or not same or not plain or not results or self._hooked.get(record.name) is not None
+            or not same or not plain or not results or record.name in self._hooked
         ):  # fmt: skip
             self.opened.add(record.name)
             if inside.lived or draws or not plain:

@@ -12,7 +12,6 @@ closures) count as live: what is not known to be frozen is not.
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from frostline.backends.torch.tracing import tensors_in
+from frostline.backends.torch.tracing import HOLDS_NO_TENSOR, tensors_in
 from frostline.frontier.standin import StandIn
 
 __all__ = ["Inside", "KeptWrites", "Looks", "Streams", "Taint", "held_by"]
@@ -397,16 +396,13 @@ def _kept_by(model: nn.Module) -> Iterable[Tensor]:
 def held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes of a module that may hold tensors, but for parameters, buffers and submodules."""
     for key, value in vars(module).items():
-        kind = type(value)
-        if kind in _HOLDS_NONE or key in _OWN_TABLES or (kind in _TABLES and not value):
+        if type(value) in HOLDS_NO_TENSOR or key in _OWN_TABLES:
             continue
-        if isinstance(value, (Tensor, Mapping, list, tuple)) and (
+        # Dictionaries first: asking an abstract class takes longer, and most are tables of hooks.
+        if isinstance(value, (Tensor, dict, list, tuple, Mapping)) and (
             isinstance(value, Tensor) or len(value)
         ):
             yield key, value
 
 
-_HOLDS_NONE = frozenset({int, float, bool, str, type(None)})
-#: What hooks are kept in, mostly none: asked first, for abstract classes take longer to ask.
-_TABLES = frozenset({dict, OrderedDict})
 _OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules"})

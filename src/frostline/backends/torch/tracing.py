@@ -36,6 +36,7 @@ from frostline.errors import ModelError
 
 __all__ = [
     "COMPILED_CALL",
+    "HOLDS_NO_TENSOR",
     "Trace",
     "Use",
     "check_runnable",
@@ -47,6 +48,9 @@ __all__ = [
     "trace_model",
     "uncompiled",
 ]
+
+#: Types of most values that operations are given and modules hold: soon asked.
+HOLDS_NO_TENSOR = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +328,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested lists, tuples and mappings."""
     if isinstance(value, Tensor):
         yield value
-    elif type(value) in _HOLD_NONE:  # most of what operations are given, and soon asked
+    elif type(value) in HOLDS_NO_TENSOR:
         return
     elif isinstance(value, (list, tuple)):
         for item in value:
@@ -332,9 +336,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
-
-
-_HOLD_NONE = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 
 
 def private_batch(
@@ -414,7 +415,7 @@ def _saved_random_states() -> list[Callable[[], Any]]:
 
 _CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 #: What most attributes of modules are: asking these is half the time of a copy.
-_NO_GENERATORS = frozenset({*_CONTAINERS, bool, int, float, str, tuple, type(None)})
+_NO_GENERATORS = frozenset({*_CONTAINERS, *HOLDS_NO_TENSOR, tuple})
 
 
 def _saved_attributes(module: nn.Module) -> Callable[[], None]:
